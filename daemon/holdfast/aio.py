@@ -1,0 +1,190 @@
+"""Holdfast in this process, with await: ``holdfast.aio.open``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Coroutine
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import orjson
+
+from holdfast.api import Id, OrderOps, RecordOps, SessionOps, StatsOps
+from holdfast.embedded import LIST_PAGE, Keeper, count_of, note_ticket, sales_of, settings_from
+from holdfast.engine import Engine, Page, Record, Ticket
+from holdfast.errors import BadRequest
+from holdfast.flush import FlushReport
+from holdfast.ops import Answer, AnyOp, Batch, Durability
+from holdfast.recovery import open_engine
+
+
+@asynccontextmanager
+async def open(data_dir: str | os.PathLike[str] = "data", **settings: Any) -> AsyncIterator[AsyncHoldfast]:
+    """Open *data_dir* in this process for the length of an async with-block; as ``holdfast.open`` otherwise.
+
+    Example::
+
+        async with holdfast.aio.open("data") as hf:
+            await hf.sessions.put("573001234567", {"currentState": "catalog"})
+    """
+    engine = await asyncio.to_thread(lambda: open_engine(settings_from(data_dir, settings)))
+    keeper = Keeper(engine)
+    try:
+        yield AsyncHoldfast(engine)
+    finally:
+        await asyncio.shield(asyncio.to_thread(_close, keeper, engine))
+
+
+def _close(keeper: Keeper, engine: Engine) -> None:
+    keeper.stop()
+    engine.close()
+
+
+class Reading:
+    """Asking a collection; answers come from memory, in their last durable state."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine = engine
+        self.name = name
+
+    async def get(self, id: Id, default: Any = None) -> Any:
+        """The value of *id* as a dict, or *default*."""
+        found = self._engine.get(self.name, str(id))
+        return default if found is None else orjson.loads(found.value)
+
+    async def record(self, id: Id) -> Record | None:
+        """The value of *id* as JSON bytes, with its version; nothing is decoded."""
+        return self._engine.get(self.name, str(id))
+
+    async def page(
+        self, *, limit: int = 100, cursor: str | None = None, since_ms: int | None = None, state: str | None = None
+    ) -> Page:
+        """Some records from *cursor* on; as ``Engine.page``."""
+        return self._engine.page(self.name, limit=limit, cursor=cursor, since_ms=since_ms, state=state)
+
+    async def list(self, *, since_ms: int | None = None, state: str | None = None) -> AsyncIterator[Record]:
+        """All records, a page at a time; the loop runs on between pages."""
+        cursor: str | None = None
+        while True:
+            page = await self.page(limit=LIST_PAGE, cursor=cursor, since_ms=since_ms, state=state)
+            for item in page.items:
+                yield item
+            if page.next is None:
+                return
+            cursor = page.next
+            await asyncio.sleep(0)
+
+    def __contains__(self, id: object) -> bool:
+        return isinstance(id, str | int) and self._engine.get(self.name, str(id)) is not None
+
+    def __len__(self) -> int:
+        return count_of(self._engine, self.name)
+
+
+class Sessions(SessionOps[Awaitable[Answer]], Reading):
+    """The sessions."""
+
+    def __init__(self, holdfast: AsyncHoldfast) -> None:
+        SessionOps.__init__(self, holdfast._do)
+        Reading.__init__(self, holdfast.engine, "sessions")
+
+
+class Orders(OrderOps[Awaitable[Answer]], Reading):
+    """Pending, completed and cancelled orders."""
+
+    def __init__(self, holdfast: AsyncHoldfast) -> None:
+        OrderOps.__init__(self, holdfast._do)
+        Reading.__init__(self, holdfast.engine, "orders")
+
+
+class Records(RecordOps[Awaitable[Answer]], Reading):
+    """Users, or a custom collection."""
+
+    def __init__(self, holdfast: AsyncHoldfast, name: str) -> None:
+        RecordOps.__init__(self, holdfast._do, name)
+        Reading.__init__(self, holdfast.engine, name)
+
+
+class Stats(StatsOps[Awaitable[Answer]]):
+    """The sales figures."""
+
+    def __init__(self, holdfast: AsyncHoldfast) -> None:
+        super().__init__(holdfast._do)
+        self._engine = holdfast.engine
+
+    async def sales(self) -> dict[str, Any]:
+        """As in ``sales_stats.json``, with amounts that are not whole as Decimal."""
+        return sales_of(self._engine)
+
+
+# The block that the present task is in; tasks started inside a block are not part of it.
+_atomic: ContextVar[list[AnyOp] | None] = ContextVar("holdfast_atomic", default=None)
+_pipeline: ContextVar[list[Ticket] | None] = ContextVar("holdfast_pipeline", default=None)
+
+
+class AsyncHoldfast:
+    """An open data directory for tasks; as ``Holdfast`` otherwise."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.sessions = Sessions(self)
+        self.orders = Orders(self)
+        self.users = Records(self, "users")
+        self.stats = Stats(self)
+
+    def collection(self, name: str) -> Records:
+        """The custom collection *name*; it comes into being with its first record."""
+        return Records(self, name)
+
+    @asynccontextmanager
+    async def atomic(self, *, durability: Durability | None = None) -> AsyncIterator[None]:
+        """As ``Holdfast.atomic``, for the ops of this task."""
+        _refuse_nesting()
+        ops: list[AnyOp] = []
+        token = _atomic.set(ops)
+        try:
+            yield
+        finally:
+            _atomic.reset(token)
+        if ops:
+            await self.engine.submit_batch(Batch(ops=ops, atomic=True), durability=durability).committed()
+
+    @asynccontextmanager
+    async def pipeline(self) -> AsyncIterator[None]:
+        """As ``Holdfast.pipeline``, for the ops of this task."""
+        _refuse_nesting()
+        tickets: list[Ticket] = []
+        token = _pipeline.set(tickets)
+        try:
+            yield
+        finally:
+            _pipeline.reset(token)
+            for ticket in tickets:
+                await ticket.committed()
+
+    async def flush(self) -> FlushReport:
+        """Write what changed to the snapshot files; errors as ``Engine.flush``."""
+        return await asyncio.to_thread(self.engine.flush, "api")
+
+    def _do(self, op: AnyOp, durability: Durability | None) -> Coroutine[Any, Any, Answer]:
+        return self._submit(op, durability)
+
+    async def _submit(self, op: AnyOp, durability: Durability | None) -> Answer:
+        ops = _atomic.get()
+        if ops is not None:
+            ops.append(op)
+            return Answer(status=200, seq=0)
+        ticket = self.engine.submit(op, durability=durability)
+        tickets = _pipeline.get()
+        if tickets is not None and ticket.outcomes:
+            note_ticket(tickets, ticket)
+        else:
+            await ticket.committed()
+        return ticket.answer
+
+
+def _refuse_nesting() -> None:
+    if _atomic.get() is not None or _pipeline.get() is not None:
+        raise BadRequest("atomic and pipeline blocks cannot be nested; end the outer one first")

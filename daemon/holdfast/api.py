@@ -1,0 +1,336 @@
+"""What a program may ask of Holdfast: one set of methods for every way to reach it.
+
+Each method builds an op and hands it to ``_do``. A is what comes back: ``Answer`` where the call waits, an awaitable of
+it where the caller awaits. Embedded and remote, waiting and awaiting forms differ only in ``_do`` and in how they read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import Any, Generic, TypeVar
+
+from holdfast.errors import InvalidRecord
+from holdfast.ops import (
+    AnyOp,
+    Durability,
+    OrderCancel,
+    OrderComplete,
+    OrderDelete,
+    OrderPatch,
+    OrderPut,
+    RecordDelete,
+    RecordPatch,
+    RecordPut,
+    Seconds,
+    SessionDelete,
+    SessionLease,
+    SessionPatch,
+    SessionPut,
+    SessionRelease,
+    SessionTouch,
+    StatsCompletion,
+    StatsOrder,
+    UserDelete,
+    UserPatch,
+    UserPut,
+)
+
+A = TypeVar("A")
+
+Value = Mapping[str, Any]
+"""A JSON object, as Python has it."""
+
+Id = str | int
+"""A record's id; numbers stand for their digits."""
+
+Money = Decimal | int | str
+"""An exact amount. A float is none: 0.1 is not what it seems."""
+
+Do = Callable[[AnyOp, Durability | None], A]
+
+
+class SessionOps(Generic[A]):
+    """Changing sessions.
+
+    All take ``durability`` for this call, ``idempotency_key``, and, where a record changes, ``if_version`` (0: only if
+    absent) and ``lease`` (the generation under which the caller writes).
+    """
+
+    def __init__(self, do: Do[A]) -> None:
+        self._do = do
+
+    def put(
+        self,
+        id: Id,
+        value: Value,
+        *,
+        if_version: int | None = None,
+        ttl: Seconds | None = None,
+        lease: int | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Store *value* whole. ``lastActivity`` is kept when given and set to now when absent."""
+        return self._do(
+            SessionPut(
+                id=id if type(id) is str else str(id),
+                value=value if type(value) is dict else dict(value),
+                if_version=if_version,
+                ttl=ttl,
+                lease=lease,
+                idempotency_key=idempotency_key,
+            ),
+            durability,
+        )
+
+    def patch(
+        self,
+        id: Id,
+        patch: Value,
+        *,
+        if_version: int | None = None,
+        ttl: Seconds | None = None,
+        lease: int | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Merge *patch* into it (RFC 7396)."""
+        op = SessionPatch(
+            id=str(id),
+            value=dict(patch),
+            if_version=if_version,
+            ttl=ttl,
+            lease=lease,
+            idempotency_key=idempotency_key,
+        )
+        return self._do(op, durability)
+
+    def touch(
+        self,
+        id: Id,
+        *,
+        if_version: int | None = None,
+        ttl: Seconds | None = None,
+        lease: int | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Set ``lastActivity`` to now."""
+        op = SessionTouch(id=str(id), if_version=if_version, ttl=ttl, lease=lease, idempotency_key=idempotency_key)
+        return self._do(op, durability)
+
+    def delete(
+        self,
+        id: Id,
+        *,
+        if_version: int | None = None,
+        lease: int | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Remove it; NotFound when it is not there."""
+        op = SessionDelete(id=str(id), if_version=if_version, lease=lease, idempotency_key=idempotency_key)
+        return self._do(op, durability)
+
+    def lease(
+        self,
+        id: Id,
+        ttl: Seconds = 30,
+        *,
+        owner: str | None = None,
+        generation: int | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Take the lease for *ttl*, or renew the one of *generation*; Leased when another holds it."""
+        op = SessionLease(id=str(id), ttl=ttl, owner=owner, generation=generation, idempotency_key=idempotency_key)
+        return self._do(op, durability)
+
+    def release(
+        self, id: Id, generation: int, *, idempotency_key: str | None = None, durability: Durability | None = None
+    ) -> A:
+        """Give the lease back."""
+        return self._do(SessionRelease(id=str(id), generation=generation, idempotency_key=idempotency_key), durability)
+
+
+class OrderOps(Generic[A]):
+    """Changing orders; options as for sessions, without lease."""
+
+    def __init__(self, do: Do[A]) -> None:
+        self._do = do
+
+    def put(
+        self,
+        id: Id,
+        value: Value,
+        *,
+        if_version: int | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Store *value* whole. The first put of an id counts in the sales figures."""
+        op = OrderPut(id=str(id), value=dict(value), if_version=if_version, idempotency_key=idempotency_key)
+        return self._do(op, durability)
+
+    def patch(
+        self,
+        id: Id,
+        patch: Value,
+        *,
+        if_version: int | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Merge *patch* into a pending order (RFC 7396)."""
+        op = OrderPatch(id=str(id), value=dict(patch), if_version=if_version, idempotency_key=idempotency_key)
+        return self._do(op, durability)
+
+    def complete(
+        self,
+        id: Id,
+        revenue: Money | None = None,
+        *,
+        if_version: int | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Complete it. Completion and *revenue* count once, however often this is repeated."""
+        op = OrderComplete(id=str(id), revenue=_exact(revenue), if_version=if_version, idempotency_key=idempotency_key)
+        return self._do(op, durability)
+
+    def cancel(
+        self,
+        id: Id,
+        reason: str | None = None,
+        *,
+        if_version: int | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Cancel a pending one."""
+        op = OrderCancel(id=str(id), reason=reason, if_version=if_version, idempotency_key=idempotency_key)
+        return self._do(op, durability)
+
+    def delete(
+        self,
+        id: Id,
+        *,
+        if_version: int | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Remove it. What it added to the figures stays counted."""
+        op = OrderDelete(id=str(id), if_version=if_version, idempotency_key=idempotency_key)
+        return self._do(op, durability)
+
+
+class RecordOps(Generic[A]):
+    """Changing users, or a custom collection; options as for orders."""
+
+    def __init__(self, do: Do[A], name: str) -> None:
+        self._do = do
+        self.name = name
+
+    def put(
+        self,
+        id: Id,
+        value: Value,
+        *,
+        if_version: int | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Store *value* whole."""
+        op: AnyOp
+        if self.name == "users":
+            op = UserPut(id=str(id), value=dict(value), if_version=if_version, idempotency_key=idempotency_key)
+        else:
+            op = RecordPut(
+                collection=self.name,
+                id=str(id),
+                value=dict(value),
+                if_version=if_version,
+                idempotency_key=idempotency_key,
+            )
+        return self._do(op, durability)
+
+    def patch(
+        self,
+        id: Id,
+        patch: Value,
+        *,
+        if_version: int | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Merge *patch* into it (RFC 7396)."""
+        op: AnyOp
+        if self.name == "users":
+            op = UserPatch(id=str(id), value=dict(patch), if_version=if_version, idempotency_key=idempotency_key)
+        else:
+            op = RecordPatch(
+                collection=self.name,
+                id=str(id),
+                value=dict(patch),
+                if_version=if_version,
+                idempotency_key=idempotency_key,
+            )
+        return self._do(op, durability)
+
+    def delete(
+        self,
+        id: Id,
+        *,
+        if_version: int | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Remove it; NotFound when it is not there."""
+        op: AnyOp
+        if self.name == "users":
+            op = UserDelete(id=str(id), if_version=if_version, idempotency_key=idempotency_key)
+        else:
+            op = RecordDelete(collection=self.name, id=str(id), if_version=if_version, idempotency_key=idempotency_key)
+        return self._do(op, durability)
+
+
+class StatsOps(Generic[A]):
+    """Counting what is kept elsewhere."""
+
+    def __init__(self, do: Do[A]) -> None:
+        self._do = do
+
+    def order(
+        self,
+        product_type: str | None = None,
+        *,
+        at: str | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Count an order, made *at* (ISO 8601, now when absent)."""
+        return self._do(StatsOrder(product_type=product_type, at=at, idempotency_key=idempotency_key), durability)
+
+    def completion(
+        self,
+        revenue: Money | None = None,
+        *,
+        at: str | None = None,
+        idempotency_key: str | None = None,
+        durability: Durability | None = None,
+    ) -> A:
+        """Count a completion with its *revenue*, made *at*."""
+        op = StatsCompletion(revenue=_exact(revenue), at=at, idempotency_key=idempotency_key)
+        return self._do(op, durability)
+
+
+def _exact(amount: Money | None) -> Decimal | None:
+    if amount is None or isinstance(amount, Decimal):
+        return amount
+    if isinstance(amount, bool) or not isinstance(amount, int | str):
+        raise InvalidRecord(f"revenue must be a Decimal, an int or a decimal string, found {amount!r}")
+    try:
+        return Decimal(amount)
+    except ArithmeticError:
+        raise InvalidRecord(f"revenue must be a Decimal, an int or a decimal string, found {amount!r}") from None

@@ -1,0 +1,64 @@
+"""Where time comes from, and how it is written."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta, tzinfo
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
+
+
+class Clock:
+    """Wall time for records, monotonic time for timers; the one place that asks the system for either.
+
+    ``now_ms`` never runs backwards within one object: when the wall clock is set back, it stands still
+    until the wall clock has caught up. Thread-safe enough for its use: the engine calls it under its lock.
+    """
+
+    def __init__(self) -> None:
+        self._last_ms = 0
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970-01-01 UTC, never less than the value before."""
+        now = time.time_ns() // 1_000_000
+        if now > self._last_ms:
+            self._last_ms = now
+        return self._last_ms
+
+    def monotonic(self) -> float:
+        """Seconds of an arbitrary origin that no one can set; for timers and durations only."""
+        return time.monotonic()
+
+    def not_before(self, ms: int) -> None:
+        """Promise that ``now_ms`` will not fall behind *ms*, the time of the last event on disk."""
+        self._last_ms = max(self._last_ms, ms)
+
+
+# One tuple, replaced whole, so that no thread ever sees the second of one and the text of another.
+_cached: tuple[int, str] = (-1, "")
+
+
+def format_ms(ms: int) -> str:
+    """Milliseconds since 1970 as ``2026-11-21T06:00:00.000Z``, the form of every timestamp that leaves Holdfast."""
+    global _cached
+    second, rest = divmod(ms, 1000)
+    cached = _cached
+    if second != cached[0]:
+        # Rendering a date costs ten times as much as the rest; consecutive events share their second.
+        _cached = cached = (second, (EPOCH + timedelta(seconds=second)).isoformat()[:19])
+    return f"{cached[1]}.{rest:03d}Z"
+
+
+def parse_ms(text: str, zone: tzinfo = UTC) -> int:
+    """Milliseconds since 1970 of any ISO 8601 *text*; a naive one is read in *zone*.
+
+    Raises:
+        ValueError: not a moment in ISO 8601.
+    """
+    moment = datetime.fromisoformat(text)
+    if len(text) < 11:
+        raise ValueError(f"a date without a time: {text!r}")
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=zone)
+    return (moment - EPOCH) // _MILLISECOND

@@ -1,0 +1,366 @@
+"""Group commit: the one thread that makes decided events durable, a batch at a time.
+
+While a batch is written and synced, the next one gathers; one fsync serves all who wait. Nothing that is not
+durable is shown: what an event replaced is kept until its batch is, and comes back when the disk is full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from holdfast.clock import Clock
+from holdfast.core.state import State
+from holdfast.disk.journal import Journal, encode_line
+from holdfast.errors import HoldfastError, JournalBroken, StorageFull, Unavailable
+from holdfast.ops import Durability
+
+SYNC_EVERY_S = 1.0
+"""``everysec``: the longest that a written event stays unsynced."""
+
+SLOW_SYNC_S = 0.25
+SLOW_SYNC_LOG_EVERY_S = 30.0
+
+
+class Batch:
+    """Events that become durable together, with everybody who waits for it.
+
+    Attributes:
+        last_seq: of its last event.
+        needs_sync: at least one of its ops asked for ``always``.
+        is_deferred: acknowledged already (``interval``); written at the next flush and never taken back.
+    """
+
+    __slots__ = ("_event", "_futures", "_guard", "error", "is_deferred", "is_done", "last_seq", "lines", "needs_sync")
+
+    def __init__(self) -> None:
+        self.lines: list[bytes] = []
+        self.last_seq = 0
+        self.needs_sync = False
+        self.is_deferred = False
+        self.is_done = False
+        self.error: HoldfastError | None = None
+        self._guard = threading.Lock()
+        self._event: threading.Event | None = None
+        self._futures: list[asyncio.Future[None]] = []
+
+    def wait(self, timeout: float | None) -> None:
+        """Block until the batch is as durable as was asked for.
+
+        Raises:
+            StorageFull, JournalBroken: it is not, and will not be.
+            Unavailable: *timeout* seconds have passed; it may still become so.
+        """
+        if not self.is_done:
+            with self._guard:
+                if self._event is None:
+                    self._event = threading.Event()
+                if self._is_finished():
+                    self._event.set()
+            if not self._event.wait(timeout):
+                raise Unavailable(f"not durable within {timeout} s; it may still become so")
+        self._raise_error()
+
+    async def committed(self) -> None:
+        """The same as ``wait``, for asyncio."""
+        if not self.is_done:
+            future = asyncio.get_running_loop().create_future()
+            with self._guard:
+                if self._is_finished():
+                    future.set_result(None)
+                else:
+                    self._futures.append(future)
+            await future
+        self._raise_error()
+
+    def _is_finished(self) -> bool:
+        return self.is_done
+
+    def _raise_error(self) -> None:
+        if self.error is not None:
+            # A new one for each waiter: a traceback belongs to one thread.
+            raise type(self.error)(str(self.error))
+
+    def finish(self, error: HoldfastError | None) -> None:
+        """Release all who wait; called once, from the writing thread."""
+        with self._guard:
+            self.error = error
+            self.is_done = True
+            futures, self._futures = self._futures, []
+            if self._event is not None:
+                self._event.set()
+        loops = {future.get_loop() for future in futures}
+        for loop in loops:
+            waiting = futures if len(loops) == 1 else [future for future in futures if future.get_loop() is loop]
+            try:
+                loop.call_soon_threadsafe(_release, waiting)
+            except RuntimeError:  # the loop was closed; nobody waits there any more
+                pass
+
+
+def _release(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
+
+
+class Committer:
+    """Owns the journal, and the lock under which the state changes.
+
+    Attributes:
+        lock: held while an op is decided and while the state moves from one batch to the next.
+        committed_seq: every event up to here is as durable as its caller asked for.
+        on_broken: called once, from the writing thread, when the disk refused to sync.
+        on_full: called from the writing thread with True when the disk is full and with False when it is not any more.
+    """
+
+    def __init__(self, state: State, journal: Journal, durability: Durability, clock: Clock, log: Any) -> None:
+        self.lock = threading.Lock()
+        self.committed_seq = state.seq
+        self.on_broken: Callable[[HoldfastError], None] = lambda error: None
+        self.on_full: Callable[[bool], None] = lambda is_full: None
+        self.durability: Durability = durability
+        self.deferred_bytes = 0
+        self._state = state
+        self._journal = journal
+        self._clock = clock
+        self._log = log
+        self._gathering = Batch()
+        self._writing: Batch | None = None
+        self._deferred: Batch | None = None
+        self._checkpoint: _Checkpoint | None = None
+        self._broken: JournalBroken | None = None
+        self._is_full = False
+        self._is_closing = False
+        self._wake = threading.Event()
+        self._unsynced_since: float | None = None
+        self._busy_since: float | None = None
+        self._slow_logged_at = -SLOW_SYNC_LOG_EVERY_S
+        self._thread = threading.Thread(target=self._run, name="holdfast-journal", daemon=True)
+        self._thread.start()
+
+    # Called under the lock.
+
+    def is_undoable(self, durability: Durability | None) -> bool:
+        """Whether an op decided now must be kept revocable: all but those acknowledged before they are written.
+
+        An ``interval`` op behind others that may still be taken back rests on them, and so waits with them.
+        """
+        if (durability or self.durability) != "interval":
+            return True
+        return bool(self._gathering.lines) or self._writing is not None
+
+    def add(self, payload: bytes, seq: int, durability: Durability | None, *, undoable: bool) -> Batch:
+        """Queue the event *payload*; the batch tells when it is durable."""
+        if not undoable:
+            batch = self._deferred
+            if batch is None:
+                batch = self._deferred = Batch()
+                batch.is_deferred = batch.is_done = True
+            self.deferred_bytes += len(payload)
+        else:
+            batch = self._gathering
+            if (durability or self.durability) == "always":
+                batch.needs_sync = True
+            if not self._wake.is_set():
+                self._wake.set()
+        batch.lines.append(encode_line(payload))
+        batch.last_seq = seq
+        return batch
+
+    def in_flight(self) -> Batch | None:
+        """The batch after which everything decided so far is durable; None when it is already."""
+        if self._gathering.lines:
+            return self._gathering
+        return self._writing
+
+    def check(self) -> None:
+        """Raise when nothing more can be written."""
+        if self._broken is not None:
+            raise JournalBroken(str(self._broken))
+
+    # Called without the lock.
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the last attempt to write found no room."""
+        return self._is_full
+
+    @property
+    def busy_since(self) -> float | None:
+        """Since when the thread is at its present piece of work, monotonic seconds; None when it rests."""
+        return self._busy_since
+
+    def checkpoint(self, begin: Callable[[int], None]) -> int:
+        """Make everything decided so far durable, and go on in a new segment; return its last seq S.
+
+        *begin* is called with S under the lock, at the moment when the state holds exactly the events up to S.
+
+        Raises:
+            StorageFull, JournalBroken: the events up to S are not all durable, and those not acknowledged are undone.
+        """
+        checkpoint = _Checkpoint(begin)
+        with self.lock:
+            self.check()
+            assert self._checkpoint is None, "two checkpoints at once"
+            self._checkpoint = checkpoint
+            self._wake.set()
+        checkpoint.done.wait()
+        if checkpoint.error is not None:
+            raise checkpoint.error
+        return checkpoint.seq
+
+    def close(self) -> None:
+        """Write what was acknowledged but not yet written, sync, and end the thread.
+
+        Raises:
+            StorageFull, JournalBroken: what was acknowledged under ``interval`` is not all on the disk.
+        """
+        self._is_closing = True
+        self._wake.set()
+        self._thread.join()
+        try:
+            if self._broken is None and self._deferred is not None:
+                self._write_deferred(self._deferred)
+        finally:
+            self._journal.close()
+
+    # The writing thread.
+
+    def _run(self) -> None:
+        try:
+            self._write_batches()
+        except BaseException as error:
+            # A fault of ours. Whoever waits must not wait for ever, and nothing more may be acknowledged.
+            self._broken = JournalBroken(f"the journal thread failed: {error!r}; restart to recover")
+            self._log.exception("journal.failed")
+            self._fail(self._writing or Batch(), self._broken, None)
+            self.on_broken(self._broken)
+
+    def _write_batches(self) -> None:
+        while True:
+            self._wake.wait(self._next_sync_s())
+            self._wake.clear()
+            deferred = checkpoint = None
+            with self.lock:
+                batch, self._gathering = self._gathering, Batch()
+                checkpoint, self._checkpoint = self._checkpoint, None
+                # What was deferred precedes what gathered, so it must reach the disk before.
+                if batch.lines or checkpoint:
+                    deferred, self._deferred = self._deferred, None
+                if batch.lines:
+                    self._state.begin_write()
+                    self._writing = batch
+                if checkpoint:
+                    checkpoint.seq = self._state.seq
+                    checkpoint.begin(checkpoint.seq)
+                if not (batch.lines or checkpoint) and self._is_closing:
+                    return
+            self._busy_since = self._clock.monotonic()
+            error = self._write(deferred, batch, checkpoint)
+            self._busy_since = None
+            if checkpoint:
+                checkpoint.error = error
+                checkpoint.done.set()
+
+    def _write(self, deferred: Batch | None, batch: Batch, checkpoint: _Checkpoint | None) -> HoldfastError | None:
+        """Bring *deferred*, then *batch*, to the disk; the error when that failed and was dealt with."""
+        if self._broken is not None:
+            self._fail(batch, self._broken, deferred)
+            return self._broken
+        try:
+            if deferred is not None:
+                self._write_deferred(deferred)
+                deferred = None
+            if batch.lines:
+                self._journal.append(b"".join(batch.lines), batch.last_seq)
+                if self._unsynced_since is None:
+                    self._unsynced_since = self._clock.monotonic()
+            if batch.needs_sync or checkpoint or self._is_sync_due():
+                self._sync()
+            if batch.lines:
+                with self.lock:
+                    self._state.commit()
+                    self._writing = None
+                    self.committed_seq = batch.last_seq
+                batch.finish(None)
+                self._note_full(False)
+        except StorageFull as error:
+            self._fail(batch, error, deferred)
+            self._note_full(True)
+            return error
+        except JournalBroken as error:
+            self._broken = error
+            self._fail(batch, error, deferred)
+            self.on_broken(error)
+            return error
+        return self._rotate() if checkpoint else None
+
+    def _rotate(self) -> HoldfastError | None:
+        try:
+            self._journal.rotate()
+        except StorageFull as error:
+            # Everything written so far is safe in the old segment, which simply grows on.
+            return error
+        except JournalBroken as error:
+            self._broken = error
+            self.on_broken(error)
+            return error
+        return None
+
+    def _write_deferred(self, deferred: Batch) -> None:
+        self._journal.append(b"".join(deferred.lines), deferred.last_seq)
+        self.deferred_bytes = 0
+        if self._unsynced_since is None:
+            self._unsynced_since = self._clock.monotonic()
+
+    def _fail(self, batch: Batch, error: HoldfastError, deferred: Batch | None) -> None:
+        """Undo and refuse *batch* and all that was decided on top of it; keep what was acknowledged already."""
+        with self.lock:
+            if deferred is not None:
+                # Ops that were deferred meanwhile come after these.
+                if self._deferred is not None:
+                    deferred.lines += self._deferred.lines
+                    deferred.last_seq = self._deferred.last_seq
+                self._deferred = deferred
+            gathered: Batch | None = None
+            if not batch.is_done and (batch.lines or self._gathering.lines):
+                gathered, self._gathering = self._gathering, Batch()
+                self._writing = None
+                last_seq = max(self._journal.written_seq, self._deferred.last_seq if self._deferred else 0)
+                self._state.undo(last_seq)
+        if gathered is not None:
+            batch.finish(error)
+            gathered.finish(error)
+
+    def _sync(self) -> None:
+        started = self._clock.monotonic()
+        self._journal.sync()
+        self._unsynced_since = None
+        took = self._clock.monotonic() - started
+        if took >= SLOW_SYNC_S and started - self._slow_logged_at >= SLOW_SYNC_LOG_EVERY_S:
+            self._slow_logged_at = started
+            self._log.warning("journal.sync_slow", duration_ms=round(took * 1000))
+
+    def _note_full(self, is_full: bool) -> None:
+        if is_full != self._is_full:
+            self._is_full = is_full
+            self.on_full(is_full)
+
+    def _next_sync_s(self) -> float | None:
+        if self._unsynced_since is None:
+            return None
+        return max(0.0, self._unsynced_since + SYNC_EVERY_S - self._clock.monotonic())
+
+    def _is_sync_due(self) -> bool:
+        return self._unsynced_since is not None and self._next_sync_s() == 0.0
+
+
+class _Checkpoint:
+    def __init__(self, begin: Callable[[int], None]) -> None:
+        self.begin = begin
+        self.seq = 0
+        self.error: HoldfastError | None = None
+        self.done = threading.Event()

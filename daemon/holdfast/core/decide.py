@@ -1,0 +1,634 @@
+"""Whether an op may happen, and what it comes to: op + state → event, or an error.
+
+Pure: nothing is changed, no clock is asked, no disk is touched. The event holds resulting values only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import UTC, tzinfo
+from typing import Any
+
+import msgspec
+import orjson
+
+from holdfast import record, values
+from holdfast.clock import format_ms, parse_ms
+from holdfast.core import sales as figures
+from holdfast.core.collection import Collection
+from holdfast.core.event import Event
+from holdfast.core.state import KEY_TTL_MS, State, is_custom_name
+from holdfast.core.wheel import MINUTE_MS
+from holdfast.errors import Conflict, InvalidRecord, Leased, NotFound, VersionMismatch
+from holdfast.ops import (
+    ANY_VERSION,
+    Answer,
+    AnyOp,
+    OrderCancel,
+    OrderComplete,
+    OrderDelete,
+    OrderPatch,
+    OrderPut,
+    RecordDelete,
+    RecordOp,
+    RecordPatch,
+    RecordPut,
+    Seconds,
+    SessionDelete,
+    SessionLease,
+    SessionPatch,
+    SessionPut,
+    SessionRelease,
+    SessionTouch,
+    StatsCompletion,
+    StatsOrder,
+    UserDelete,
+    UserPatch,
+    UserPut,
+)
+from holdfast.settings import parse_duration
+
+_DURATION_MAX_S = 100 * 365 * 86400
+LEASE_TTL_MAX_MS = 3600 * 1000
+KEY_CHARS_MAX = 255
+USER_ID_FIELD = "user_id"
+RECORD_ID_FIELD = "id"
+
+
+class Rules(msgspec.Struct, frozen=True):
+    """The settings that decisions depend on.
+
+    Attributes:
+        session_id_field, session_time_field, order_id_field: names of fields in the values.
+        session_ttl_ms: idle time of sessions without their own.
+        session_limits, record_limits: of sessions, of all other records.
+        id_chars_max: of ids.
+        zone: of naive timestamps and of day boundaries.
+        keep_days: of sales figures.
+        reserved_names: collections that may not come into being, each with the reason.
+    """
+
+    session_id_field: str = "recipientPhone"
+    session_time_field: str = "lastActivity"
+    order_id_field: str = "odooOrderId"
+    session_ttl_ms: int = 24 * 3600 * 1000
+    session_limits: values.ValueLimits = values.DEFAULT_LIMITS
+    record_limits: values.ValueLimits = values.DEFAULT_LIMITS
+    id_chars_max: int = 256
+    zone: tzinfo = UTC
+    keep_days: int = 90
+    reserved_names: dict[str, str] = {}
+
+
+def decide(state: State, op: AnyOp, rules: Rules, seq: int, now_ms: int) -> Event | Answer:
+    """The event that *op* comes to, with *seq* and *now_ms*; or the answer, when nothing is to change.
+
+    Raises:
+        HoldfastError: refused; the class says why.
+    """
+    key = op.idempotency_key
+    if key is None:
+        return _DECIDE[type(op)](state, op, rules, seq, now_ms)
+    previous = _previous_answer(state, op, key, now_ms)
+    if previous is not None:
+        return previous
+    decided = _DECIDE[type(op)](state, op, rules, seq, now_ms)
+    if isinstance(decided, Event):
+        decided.key = key
+    return decided
+
+
+def decide_expiry(
+    state: State, ids: Iterable[str], rules: Rules, now_ms: int
+) -> tuple[list[str], list[tuple[str, int]]]:
+    """Of the session *ids* whose minute came: those that are idle too long, and the others with their due time, ms.
+
+    A leased session is in use and waits for the end of the lease.
+    """
+    expired, later = [], []
+    for id in ids:
+        line = state.sessions.get(id)
+        if line is None:
+            continue
+        due = due_ms(line, rules)
+        lease = _active_lease(state, id, now_ms)
+        if lease is not None:
+            due = max(due, lease["until"])
+        if due <= now_ms:
+            expired.append(id)
+        else:
+            later.append((id, due))
+    return expired, later
+
+
+def due_ms(line: bytes, rules: Rules) -> int:
+    """When the session in *line* expires unless it is touched, ms since 1970."""
+    ttl = record.header_of(line).ttl
+    activity = parse_ms(orjson.loads(line)[rules.session_time_field], rules.zone)
+    return activity + (rules.session_ttl_ms if ttl is None else ttl)
+
+
+def check_id(id: str, rules: Rules) -> None:
+    """Refuse what cannot be an id.
+
+    Raises:
+        InvalidRecord: empty, too long, or with control or other unprintable characters.
+    """
+    if not id or len(id) > rules.id_chars_max:
+        raise InvalidRecord(f"an id has 1 to {rules.id_chars_max} characters, found {len(id)}")
+    if not id.isprintable():
+        raise InvalidRecord("an id may not hold control characters or other unprintable ones")
+
+
+def milliseconds(duration: Seconds, what: str) -> int:
+    """*duration* in ms: a number of seconds, or text such as ``90s``, ``12h``.
+
+    Raises:
+        InvalidRecord: neither, or not more than nothing.
+    """
+    try:
+        seconds = parse_duration(duration)
+    except ValueError as error:
+        raise InvalidRecord(f"{what}: {error}") from None
+    if not 0 < seconds <= _DURATION_MAX_S:
+        raise InvalidRecord(f"{what} must be above 0 and below a century, found {duration!r}")
+    return max(1, round(seconds * 1000))
+
+
+# Sessions.
+
+
+def _session_put(state: State, op: SessionPut, rules: Rules, seq: int, now_ms: int) -> Event:
+    id, value = op.id, op.value
+    check_id(id, rules)
+    version, ttl = _next_version(state.sessions, op)
+    _check_lease(state, id, op.lease, now_ms)
+    encoded = values.encode(value, rules.session_limits)
+    if rules.session_id_field not in value:
+        encoded = _with_field_first(encoded, rules.session_id_field, id)
+    return _session_event(op, "session.put", value, encoded, version, ttl, rules, seq, now_ms)
+
+
+def _session_patch(state: State, op: SessionPatch, rules: Rules, seq: int, now_ms: int) -> Event:
+    old = _existing(state.sessions, op, "session")
+    version, ttl = _next_version(state.sessions, op)
+    _check_lease(state, op.id, op.lease, now_ms)
+    _refuse_header(op.value)
+    value = values.merge_patch(orjson.loads(record.value_of(old)), op.value)
+    encoded = values.encode(value, rules.session_limits)
+    if rules.session_id_field not in value:
+        raise InvalidRecord(f"a patch may not remove the id field {rules.session_id_field!r}")
+    return _session_event(op, "session.patch", value, encoded, version, ttl, rules, seq, now_ms)
+
+
+def _session_touch(state: State, op: SessionTouch, rules: Rules, seq: int, now_ms: int) -> Event:
+    old = _existing(state.sessions, op, "session")
+    version, ttl = _next_version(state.sessions, op)
+    _check_lease(state, op.id, op.lease, now_ms)
+    value = orjson.loads(record.value_of(old))
+    value[rules.session_time_field] = format_ms(now_ms)
+    return _session_event(op, "session.touch", value, orjson.dumps(value), version, ttl, rules, seq, now_ms)
+
+
+def _session_event(
+    op: SessionPut | SessionPatch | SessionTouch,
+    name: str,
+    value: dict[str, Any],
+    encoded: bytes,
+    version: int,
+    ttl: int | None,
+    rules: Rules,
+    seq: int,
+    now_ms: int,
+) -> Event:
+    """The event that stores *value*; adds ``lastActivity`` to *encoded* when *value* has none."""
+    id = op.id
+    if record.HEADER_KEY in value:
+        _refuse_header(value)
+    given_id = value.get(rules.session_id_field, id)
+    if given_id != id:
+        _check_same_id(given_id, id, rules.session_id_field)
+    if op.ttl is not None:
+        ttl = milliseconds(op.ttl, "ttl")
+    at = format_ms(now_ms)
+    activity = None
+    if rules.session_time_field in value:
+        activity = _activity(value[rules.session_time_field], rules)
+        # Within the last minute it makes no difference to the wheel, and the event stays short.
+        if activity > now_ms - MINUTE_MS and ttl is None:
+            activity = None
+        elif activity > now_ms:
+            activity = now_ms
+    else:
+        encoded = b'%b,%b:"%b"}' % (encoded[:-1], orjson.dumps(rules.session_time_field), at.encode())
+        if ttl is not None:
+            activity = now_ms
+    return Event(seq, at, name, "", id, version, msgspec.Raw(encoded), ttl, activity)
+
+
+def _session_delete(state: State, op: SessionDelete, rules: Rules, seq: int, now_ms: int) -> Event:
+    _existing(state.sessions, op, "session")
+    _next_version(state.sessions, op)
+    _check_lease(state, op.id, op.lease, now_ms)
+    return Event(seq, format_ms(now_ms), "session.delete", id=op.id)
+
+
+def _session_lease(state: State, op: SessionLease, rules: Rules, seq: int, now_ms: int) -> Event:
+    check_id(op.id, rules)
+    ttl = milliseconds(op.ttl, "ttl")
+    if ttl > LEASE_TTL_MAX_MS:
+        raise InvalidRecord(
+            f"a lease may last {LEASE_TTL_MAX_MS // 1000} s at most, found {op.ttl!r}; renew it instead"
+        )
+    if op.owner is not None and len(op.owner) > rules.id_chars_max:
+        raise InvalidRecord(f"the owner of a lease has {rules.id_chars_max} characters at most")
+    lease = _active_lease(state, op.id, now_ms)
+    generation = seq
+    if lease is not None:
+        generation = lease["generation"]
+        if op.generation != generation:
+            raise _leased(op.id, lease)
+    elif op.generation is not None:
+        raise Conflict(f"lease {op.generation} of session {op.id!r} has ended; take a new one without a generation")
+    # The seq makes generations grow for ever without anyone remembering the last one of each session.
+    return Event(
+        seq, format_ms(now_ms), "session.lease", id=op.id, generation=generation, until=now_ms + ttl, owner=op.owner
+    )
+
+
+def _session_release(state: State, op: SessionRelease, rules: Rules, seq: int, now_ms: int) -> Event | Answer:
+    lease = _active_lease(state, op.id, now_ms)
+    if lease is None:
+        return Answer(status=200, seq=seq - 1, id=op.id)
+    if lease["generation"] != op.generation:
+        raise _leased(op.id, lease)
+    return Event(seq, format_ms(now_ms), "session.release", id=op.id, generation=op.generation)
+
+
+def _activity(text: Any, rules: Rules) -> int:
+    try:
+        return parse_ms(text, rules.zone)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidRecord(
+            f"{rules.session_time_field} must be a time in ISO 8601 such as 2026-11-21T06:00:00.000Z, found {text!r:.80}"
+        ) from None
+
+
+def _active_lease(state: State, id: str, now_ms: int) -> dict[str, Any] | None:
+    line = state.leases.get(id)
+    if line is None:
+        return None
+    lease: dict[str, Any] = orjson.loads(line)
+    return lease if lease["until"] > now_ms else None
+
+
+def _check_lease(state: State, id: str, generation: int | None, now_ms: int) -> None:
+    if generation is None and not state.leases.count:
+        return
+    lease = _active_lease(state, id, now_ms)
+    if lease is None:
+        if generation is not None:
+            raise Conflict(f"lease {generation} of session {id!r} has ended; take a new one and read the session again")
+    elif lease["generation"] != generation:
+        raise _leased(id, lease)
+
+
+def _leased(id: str, lease: dict[str, Any]) -> Leased:
+    owner = f" by {lease['owner']}" if lease["owner"] else ""
+    return Leased(
+        f"session {id!r} is leased{owner} until {format_ms(lease['until'])}; wait, or write with its generation"
+    )
+
+
+# Orders.
+
+
+def _order_put(state: State, op: OrderPut, rules: Rules, seq: int, now_ms: int) -> Event:
+    id, value = op.id, op.value
+    check_id(id, rules)
+    _refuse_closed(state, id)
+    old = state.orders.get(id)
+    version, _ = _next_version(state.orders, op)
+    encoded = _checked(value, id, rules.order_id_field, rules, as_number=True)
+    if old is not None:
+        return _order_event(seq, now_ms, "order.put", id, version, encoded, record.header_of(old).counted)
+    mark = state.counted.get(id)
+    if mark is not None:
+        return _order_event(seq, now_ms, "order.put", id, version, encoded, orjson.loads(mark)["completed"])
+    product_type = value.get("productType")
+    if product_type is not None and not isinstance(product_type, str):
+        raise InvalidRecord(f"productType must be text, found {product_type!r:.80}")
+    day = figures.day_of(_created_ms(value, rules, now_ms), rules.zone)
+    count = figures.count_order(state.sales, day, _oldest(rules, now_ms), product_type)
+    return _order_event(seq, now_ms, "order.put", id, version, encoded, False, count)
+
+
+def _order_patch(state: State, op: OrderPatch, rules: Rules, seq: int, now_ms: int) -> Event:
+    _refuse_closed(state, op.id)
+    old = _existing(state.orders, op, "order")
+    version, _ = _next_version(state.orders, op)
+    encoded = _patched(old, op.value, op.id, rules.order_id_field, rules)
+    return _order_event(seq, now_ms, "order.patch", op.id, version, encoded, record.header_of(old).counted)
+
+
+def _order_complete(state: State, op: OrderComplete, rules: Rules, seq: int, now_ms: int) -> Event | Answer:
+    revenue = figures.money(op.revenue)
+    closed = state.completed_orders.get(op.id)
+    if closed is not None:
+        if orjson.loads(closed).get("status") == "cancelled":
+            raise Conflict(f"order {op.id!r} is cancelled; a cancelled order cannot be completed")
+        return _unchanged(op, closed, seq)
+    old = _existing(state.orders, op, "order")
+    version, _ = _next_version(state.orders, op)
+    changes: dict[str, Any] = {"status": "completed", "completedAt": format_ms(now_ms)}
+    if op.revenue is not None:
+        changes["revenue"] = orjson.Fragment(figures.money_text(revenue))
+    encoded = _closed(old, changes, now_ms)
+    if record.header_of(old).counted:
+        return _order_event(seq, now_ms, "order.complete", op.id, version, encoded, True)
+    today = figures.day_of(now_ms, rules.zone)
+    count = figures.count_completion(state.sales, today, _oldest(rules, now_ms), revenue)
+    return _order_event(seq, now_ms, "order.complete", op.id, version, encoded, True, count)
+
+
+def _order_cancel(state: State, op: OrderCancel, rules: Rules, seq: int, now_ms: int) -> Event | Answer:
+    closed = state.completed_orders.get(op.id)
+    if closed is not None:
+        if orjson.loads(closed).get("status") != "cancelled":
+            raise Conflict(f"order {op.id!r} is completed; a completed order cannot be cancelled")
+        return _unchanged(op, closed, seq)
+    old = _existing(state.orders, op, "order")
+    version, _ = _next_version(state.orders, op)
+    changes: dict[str, Any] = {"status": "cancelled", "cancelledAt": format_ms(now_ms)}
+    if op.reason is not None:
+        changes["cancelReason"] = op.reason
+    encoded = _closed(old, changes, now_ms)
+    return _order_event(seq, now_ms, "order.cancel", op.id, version, encoded, record.header_of(old).counted)
+
+
+def _order_delete(state: State, op: OrderDelete, rules: Rules, seq: int, now_ms: int) -> Event:
+    where = state.orders if state.orders.get(op.id) is not None else state.completed_orders
+    old = _existing(where, op, "order")
+    _next_version(where, op)
+    return Event(seq, format_ms(now_ms), "order.delete", id=op.id, counted=record.header_of(old).counted)
+
+
+def _order_event(
+    seq: int,
+    now_ms: int,
+    name: str,
+    id: str,
+    version: int,
+    encoded: bytes,
+    counted: bool,
+    count: figures.Count | None = None,
+) -> Event:
+    event = Event(seq, format_ms(now_ms), name, "", id, version, msgspec.Raw(encoded), counted=counted)
+    if count is not None:
+        event.day, event.totals, event.oldest = count.day, count.totals, count.oldest
+    return event
+
+
+def _closed(old: bytes, changes: dict[str, Any], now_ms: int) -> bytes:
+    value = orjson.loads(record.value_of(old))
+    if "updatedAt" in value:
+        value["updatedAt"] = format_ms(now_ms)
+    return orjson.dumps(value | changes)
+
+
+def _refuse_closed(state: State, id: str) -> None:
+    closed = state.completed_orders.get(id)
+    if closed is not None:
+        status = orjson.loads(closed).get("status")
+        raise Conflict(f"order {id!r} is {status}; a closed order is not changed any more")
+
+
+def _created_ms(value: dict[str, Any], rules: Rules, now_ms: int) -> int:
+    """When the order was made: its ``createdAt`` when that is a time not in the future, else now."""
+    try:
+        return min(parse_ms(value["createdAt"], rules.zone), now_ms)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return now_ms
+
+
+# Figures of orders that are not kept here.
+
+
+def _stats_order(state: State, op: StatsOrder, rules: Rules, seq: int, now_ms: int) -> Event:
+    count = figures.count_order(state.sales, _stats_day(op.at, rules, now_ms), _oldest(rules, now_ms), op.product_type)
+    return _stats_event(seq, now_ms, "stats.order", count)
+
+
+def _stats_completion(state: State, op: StatsCompletion, rules: Rules, seq: int, now_ms: int) -> Event:
+    day = _stats_day(op.at, rules, now_ms)
+    count = figures.count_completion(state.sales, day, _oldest(rules, now_ms), figures.money(op.revenue))
+    return _stats_event(seq, now_ms, "stats.completion", count)
+
+
+def _stats_event(seq: int, now_ms: int, name: str, count: figures.Count) -> Event:
+    return Event(seq, format_ms(now_ms), name, day=count.day, totals=count.totals, oldest=count.oldest)
+
+
+def _stats_day(at: str | None, rules: Rules, now_ms: int) -> str:
+    if at is None:
+        return figures.day_of(now_ms, rules.zone)
+    try:
+        moment = parse_ms(at, rules.zone)
+    except (ValueError, OverflowError):
+        raise InvalidRecord(
+            f"at must be a time in ISO 8601 such as 2026-11-21T06:00:00.000Z, found {at!r:.80}"
+        ) from None
+    if moment > now_ms:
+        raise InvalidRecord(f"at must not be in the future, found {at!r:.80}")
+    return figures.day_of(moment, rules.zone)
+
+
+def _oldest(rules: Rules, now_ms: int) -> str:
+    return figures.oldest_day(now_ms, rules.zone, rules.keep_days)
+
+
+# Users and custom collections.
+
+
+def _user_put(state: State, op: UserPut, rules: Rules, seq: int, now_ms: int) -> Event:
+    check_id(op.id, rules)
+    version, _ = _next_version(state.users, op)
+    encoded = _checked(op.value, op.id, USER_ID_FIELD, rules)
+    return Event(seq, format_ms(now_ms), "user.put", "", op.id, version, msgspec.Raw(encoded))
+
+
+def _user_patch(state: State, op: UserPatch, rules: Rules, seq: int, now_ms: int) -> Event:
+    old = _existing(state.users, op, "user")
+    version, _ = _next_version(state.users, op)
+    encoded = _patched(old, op.value, op.id, USER_ID_FIELD, rules)
+    return Event(seq, format_ms(now_ms), "user.patch", "", op.id, version, msgspec.Raw(encoded))
+
+
+def _user_delete(state: State, op: UserDelete, rules: Rules, seq: int, now_ms: int) -> Event:
+    _existing(state.users, op, "user")
+    _next_version(state.users, op)
+    return Event(seq, format_ms(now_ms), "user.delete", id=op.id)
+
+
+def _record_put(state: State, op: RecordPut, rules: Rules, seq: int, now_ms: int) -> Event:
+    check_collection(op.collection, rules)
+    check_id(op.id, rules)
+    collection = state.collections.get(op.collection) or Collection(op.collection)
+    version, _ = _next_version(collection, op)
+    encoded = _checked(op.value, op.id, RECORD_ID_FIELD, rules)
+    return Event(seq, format_ms(now_ms), "record.put", op.collection, op.id, version, msgspec.Raw(encoded))
+
+
+def _record_patch(state: State, op: RecordPatch, rules: Rules, seq: int, now_ms: int) -> Event:
+    collection = _existing_collection(state, op.collection, rules)
+    old = _existing(collection, op, "record")
+    version, _ = _next_version(collection, op)
+    encoded = _patched(old, op.value, op.id, RECORD_ID_FIELD, rules)
+    return Event(seq, format_ms(now_ms), "record.patch", op.collection, op.id, version, msgspec.Raw(encoded))
+
+
+def _record_delete(state: State, op: RecordDelete, rules: Rules, seq: int, now_ms: int) -> Event:
+    collection = _existing_collection(state, op.collection, rules)
+    _existing(collection, op, "record")
+    _next_version(collection, op)
+    return Event(seq, format_ms(now_ms), "record.delete", op.collection, op.id)
+
+
+def check_collection(name: str, rules: Rules) -> None:
+    """Refuse what cannot be the name of a custom collection.
+
+    Raises:
+        InvalidRecord: not a name, or one that Holdfast uses itself.
+        Conflict: a file that is no collection has this name.
+    """
+    if not is_custom_name(name):
+        raise InvalidRecord(
+            f"a collection's name is a to z, 0 to 9, _ and -, up to 64, and none that Holdfast uses; found {name!r:.80}"
+        )
+    if name in rules.reserved_names:
+        raise Conflict(f"{name}.json exists and is no collection ({rules.reserved_names[name]}); use another name")
+
+
+def _existing_collection(state: State, name: str, rules: Rules) -> Collection:
+    check_collection(name, rules)
+    return state.collections.get(name) or Collection(name)
+
+
+# What they share.
+
+
+def _existing(collection: Collection, op: RecordOp, noun: str) -> bytes:
+    line = collection.get(op.id)
+    if line is not None:
+        return line
+    if op.if_version is not None and op.if_version != 0:
+        raise VersionMismatch(f"{noun} {op.id!r} does not exist, but if_version asks for one")
+    raise NotFound(f"no {noun} {op.id!r}")
+
+
+def _next_version(collection: Collection, op: RecordOp) -> tuple[int, int | None]:
+    """The version after *op*, and the ttl that the record has of its own.
+
+    Raises:
+        VersionMismatch: ``if_version`` names another version than the record has.
+    """
+    line = collection.get(op.id)
+    version, ttl = 0, None
+    if line is not None:
+        version, is_plain = record.version_of(line)
+        if not is_plain:
+            ttl = record.header_of(line).ttl
+    wanted = op.if_version
+    if wanted is not None and wanted != version and not (wanted == ANY_VERSION and version):
+        found = f"has version {version}" if version else "does not exist"
+        raise VersionMismatch(f"{collection.name} {op.id!r} {found}, if_version is {wanted}; read it again")
+    return version + 1, ttl
+
+
+def _checked(value: dict[str, Any], id: str, id_field: str, rules: Rules, *, as_number: bool = False) -> bytes:
+    """The canonical JSON of *value* with its id in it."""
+    _refuse_header(value)
+    encoded = values.encode(value, rules.record_limits)
+    if id_field not in value:
+        is_number = as_number and id.isascii() and id.isdigit() and len(id) <= 15 and (id == "0" or id[0] != "0")
+        return _with_field_first(encoded, id_field, int(id) if is_number else id)
+    _check_same_id(value[id_field], id, id_field)
+    return encoded
+
+
+def _patched(old: bytes, patch: dict[str, Any], id: str, id_field: str, rules: Rules) -> bytes:
+    _refuse_header(patch)
+    value = values.merge_patch(orjson.loads(record.value_of(old)), patch)
+    if id_field not in value:
+        raise InvalidRecord(f"a patch may not remove the id field {id_field!r}")
+    _check_same_id(value[id_field], id, id_field)
+    return values.encode(value, rules.record_limits)
+
+
+def _check_same_id(given: Any, id: str, id_field: str) -> None:
+    if isinstance(given, bool) or not isinstance(given, str | int) or str(given) != id:
+        raise InvalidRecord(
+            f"{id_field} is {given!r:.80}, but the record's id is {id!r}; leave it out or make them equal"
+        )
+
+
+def _with_field_first(encoded: bytes, field: str, value: str | int) -> bytes:
+    comma = b"" if encoded == b"{}" else b","
+    return b"{%b:%b%b%b" % (orjson.dumps(field), orjson.dumps(value), comma, encoded[1:])
+
+
+def _refuse_header(value: dict[str, Any]) -> None:
+    if record.HEADER_KEY in value:
+        raise InvalidRecord(f"the key {record.HEADER_KEY!r} is reserved; use another name")
+
+
+def _unchanged(op: RecordOp, line: bytes, seq: int) -> Answer:
+    return Answer(status=200, seq=seq - 1, id=op.id, version=record.version_of(line)[0])
+
+
+def _previous_answer(state: State, op: AnyOp, key: str, now_ms: int) -> Answer | None:
+    """The answer that *key* got within the last 24 hours."""
+    if not key or len(key) > KEY_CHARS_MAX or not key.isprintable():
+        raise InvalidRecord(f"an idempotency key has 1 to {KEY_CHARS_MAX} printable characters")
+    line = state.keys.get(key)
+    if line is None:
+        return None
+    kept = orjson.loads(line)
+    if kept["at"] + KEY_TTL_MS <= now_ms:
+        return None
+    name = type(op).__struct_config__.tag
+    if (kept["op"], kept["target"], kept["collection"]) != (name, getattr(op, "id", ""), getattr(op, "collection", "")):
+        raise Conflict(f"idempotency key {key!r} was used for another op, {kept['op']}; use a new key for each op")
+    return Answer(
+        status=kept["status"],
+        seq=kept["seq"],
+        id=kept["target"],
+        version=kept["version"],
+        generation=kept["generation"],
+        expires_at=kept["expires_at"],
+    )
+
+
+_Decider = Callable[[State, Any, Rules, int, int], Event | Answer]
+
+_DECIDE: dict[type[Any], _Decider] = {
+    SessionPut: _session_put,
+    SessionPatch: _session_patch,
+    SessionTouch: _session_touch,
+    SessionDelete: _session_delete,
+    SessionLease: _session_lease,
+    SessionRelease: _session_release,
+    OrderPut: _order_put,
+    OrderPatch: _order_patch,
+    OrderComplete: _order_complete,
+    OrderCancel: _order_cancel,
+    OrderDelete: _order_delete,
+    StatsOrder: _stats_order,
+    StatsCompletion: _stats_completion,
+    UserPut: _user_put,
+    UserPatch: _user_patch,
+    UserDelete: _user_delete,
+    RecordPut: _record_put,
+    RecordPatch: _record_patch,
+    RecordDelete: _record_delete,
+}

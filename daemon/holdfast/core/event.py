@@ -1,0 +1,70 @@
+"""Events: ops as they were decided.
+
+An event holds resulting values (version, time, the day's figures), never instructions, so replay needs neither
+clock nor randomness, and applying one twice, or an old one before a newer one, ends in the same state.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+NO_VALUE = msgspec.Raw(b"")
+
+Figures = dict[str, Any]
+"""A JSON object with exact numbers: int or Decimal where the JSON has a number."""
+
+
+class Event(msgspec.Struct, omit_defaults=True, gc=False):
+    """One line of the journal, after its checksum. Fields that do not apply are absent.
+
+    Attributes:
+        seq: 1, 2, 3 … without gaps; 0 in the members of a batch, which share the batch's.
+        at: when it was decided, ISO 8601 UTC with milliseconds.
+        op: the op's name; ``session.expire`` and ``batch`` exist only as events.
+        collection: of ``record.*``.
+        id: the record's id.
+        version: the record's version from now on.
+        value: the whole value from now on, canonical JSON.
+        ttl: a session's own idle time, ms.
+        activity: ms since 1970, when the session may expire earlier than *at* + ttl.
+        ids: the sessions of ``session.expire``.
+        generation: of a lease.
+        until: when the lease ends, ms since 1970.
+        owner: who holds the lease, for people to read.
+        day: a day's sales figures from now on.
+        totals: the all-time sales figures from now on.
+        oldest: days before this date are no longer kept.
+        counted: the completion of the order is in the figures.
+        key: idempotency key.
+        events: the members of an atomic batch.
+    """
+
+    seq: int = 0
+    at: str = ""
+    op: str = ""
+    collection: str = ""
+    id: str = ""
+    version: int = 0
+    value: msgspec.Raw = NO_VALUE
+    ttl: int | None = None
+    activity: int | None = None
+    ids: list[str] | None = None
+    generation: int | None = None
+    until: int | None = None
+    owner: str | None = None
+    day: Figures | None = None
+    totals: Figures | None = None
+    oldest: str | None = None
+    counted: bool = False
+    key: str | None = None
+    events: list[Event] | None = None
+
+
+encode_event = msgspec.json.Encoder(decimal_format="number").encode
+"""The journal's JSON of an event, without checksum and newline. Money is written digit by digit."""
+
+decode_event = msgspec.json.Decoder(Event, float_hook=Decimal).decode
+"""The event in a journal line's JSON; raises msgspec.DecodeError when it is none."""

@@ -1,0 +1,296 @@
+"""All that is held in memory, and the one function that changes it.
+
+``apply`` is used live, right after an op was decided, and by replay; that the two agree is not tested into
+the code but follows from there being only one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import orjson
+
+from holdfast import record
+from holdfast.clock import format_ms
+from holdfast.core.collection import Collection
+from holdfast.core.event import Event
+from holdfast.core.sales import Sales
+from holdfast.core.wheel import Wheel
+from holdfast.ops import Answer
+
+SESSIONS = "sessions"
+ORDERS = "orders"
+COMPLETED_ORDERS = "completed_orders"
+USERS = "users"
+LEASES = "_leases"
+KEYS = "_keys"
+COUNTED = "_counted"
+
+BUILT_IN = (SESSIONS, ORDERS, COMPLETED_ORDERS, USERS, LEASES, KEYS, COUNTED)
+"""The collections that always exist. Those with an underscore are our own book-keeping, shown by no API: leases;
+answers by idempotency key; deleted orders that are in the sales figures."""
+
+KEY_TTL_MS = 24 * 3600 * 1000
+"""How long a repeated op with the same idempotency key gets the first answer (CONTRACT section 6)."""
+
+_CUSTOM_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+_RESERVED = {*BUILT_IN, "chat_sessions", "pending_orders", "sales_stats", "manifest", "tokens", "conversations",
+             "escalations", "people", "stats", "search", "events", "batch", "admin", "backups", "archive"}  # fmt: skip
+
+
+def is_custom_name(name: str) -> bool:
+    """Whether *name* may be a custom collection: a plain file name that is not taken by a part of ours."""
+    return _CUSTOM_NAME.fullmatch(name) is not None and name not in _RESERVED
+
+
+class State:
+    """The working copy of the journal. Changed by ``apply`` only, under the engine's lock.
+
+    Attributes:
+        collections: by name.
+        sales: as decided.
+        seq: of the last event applied.
+        session_ttl_ms: the setting; a session with its own ttl does not use it.
+        session_wheel, lease_wheel, key_wheel: who is to be looked at when.
+    """
+
+    def __init__(self, session_ttl_ms: int = 24 * 3600 * 1000) -> None:
+        self.collections = {name: Collection(name) for name in BUILT_IN}
+        self.sessions = self.collections[SESSIONS]
+        self.orders = self.collections[ORDERS]
+        self.completed_orders = self.collections[COMPLETED_ORDERS]
+        self.users = self.collections[USERS]
+        self.leases = self.collections[LEASES]
+        self.keys = self.collections[KEYS]
+        self.counted = self.collections[COUNTED]
+        self.sales = Sales()
+        self.sales_changed_seq = 0
+        self._sales_pending: Sales | None = None
+        self._sales_writing: Sales | None = None
+        self._changes: list[tuple[Collection, str, bytes | None]] | None = None
+        self.seq = 0
+        self.session_ttl_ms = session_ttl_ms
+        self.session_wheel = Wheel()
+        self.lease_wheel = Wheel()
+        self.key_wheel = Wheel()
+
+    def collection(self, name: str) -> Collection:
+        """The collection *name*, which comes into being when it is new."""
+        found = self.collections.get(name)
+        if found is None:
+            found = self.collections[name] = Collection(name)
+            found.changes = self._changes
+        return found
+
+    def custom(self) -> Iterator[Collection]:
+        """The custom collections that hold something."""
+        return (found for name, found in sorted(self.collections.items()) if name not in BUILT_IN and found.count)
+
+    @property
+    def committed_sales(self) -> Sales:
+        """The sales figures in their last durable state."""
+        # Pending first: it becomes writing, never the other way round.
+        pending, writing = self._sales_pending, self._sales_writing
+        return writing or pending or self.sales
+
+    def set_sales(self, sales: Sales, seq: int, *, undoable: bool) -> None:
+        """Replace the figures, as ``Collection.set`` replaces a record."""
+        if undoable and self._sales_pending is None:
+            self._sales_pending = self.sales
+        self.sales = sales
+        self.sales_changed_seq = seq
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Take back every change made inside the block when it raises; what was in flight before stays so."""
+        changes: list[tuple[Collection, str, bytes | None]] = []
+        sales, seq = self.sales, self.seq
+        self._note_changes(changes)
+        try:
+            yield
+        except BaseException:
+            for collection, id, record in reversed(changes):
+                collection.put_back(id, record)
+            self.sales, self.seq = sales, seq
+            raise
+        finally:
+            self._note_changes(None)
+
+    def _note_changes(self, changes: list[tuple[Collection, str, bytes | None]] | None) -> None:
+        self._changes = changes
+        for collection in self.collections.values():
+            collection.changes = changes
+
+    def begin_write(self) -> None:
+        """The ops in flight so far are now being written."""
+        for collection in self.collections.values():
+            if not collection.is_settled:
+                collection.begin_write()
+        self._sales_writing, self._sales_pending = self._sales_pending, None
+
+    def commit(self) -> None:
+        """The ops being written are durable."""
+        for collection in self.collections.values():
+            if not collection.is_settled:
+                collection.commit()
+        self._sales_writing = None
+
+    def undo(self, seq: int) -> None:
+        """Take back every op in flight; *seq* is the last one that stays."""
+        for collection in self.collections.values():
+            if not collection.is_settled:
+                collection.undo()
+        self.sales = self.committed_sales
+        self._sales_pending = self._sales_writing = None
+        self.seq = seq
+
+
+def apply(state: State, event: Event, at_ms: int, *, undoable: bool) -> None:
+    """Change *state* by *event*, which was decided at *at_ms*.
+
+    Applying an event again, or an older one before a newer one of the same record, ends in the same state; so
+    replay may start at an earlier seq than the snapshot has.
+
+    With *undoable* the state before remains what readers see until ``state.commit``.
+    """
+    _APPLY[event.op](state, event, event.seq, at_ms, undoable)
+    if event.key is not None:
+        _remember_answer(state, event, event.seq, at_ms, undoable)
+    state.seq = event.seq
+
+
+def answer_of(event: Event, seq: int) -> Answer:
+    """What the client is told about *event*; a pure function, so that a repeat is told the same after a restart."""
+    op = event.op
+    if op.endswith("delete"):
+        return Answer(status=204, seq=seq, id=event.id)
+    status = 201 if event.version == 1 and op.endswith("put") else 200
+    if event.until is None:
+        return Answer(status=status, seq=seq, id=event.id, version=event.version)
+    return Answer(status=status, seq=seq, id=event.id, generation=event.generation, expires_at=format_ms(event.until))
+
+
+def _session_stored(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    value = bytes(event.value)
+    if event.ttl is None:
+        line = record.join(value, event.version)
+    else:
+        line = record.join_header(value, record.Header(v=event.version, ttl=event.ttl))
+    old = state.sessions.set(event.id, line, seq, undoable=undoable)
+    if event.activity is not None:
+        ttl = state.session_ttl_ms if event.ttl is None else event.ttl
+        state.session_wheel.schedule(event.id, event.activity + ttl)
+    elif old is None:
+        state.session_wheel.schedule(event.id, at_ms + state.session_ttl_ms)
+
+
+def _session_removed(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    state.sessions.set(event.id, None, seq, undoable=undoable)
+
+
+def _sessions_expired(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    for id in event.ids or ():
+        state.sessions.set(id, None, seq, undoable=undoable)
+
+
+def _session_leased(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    assert event.until is not None
+    lease = {"id": event.id, "generation": event.generation, "until": event.until, "owner": event.owner}
+    state.leases.set(event.id, record.join(orjson.dumps(lease), 1), seq, undoable=undoable)
+    state.lease_wheel.schedule(event.id, event.until)
+
+
+def _session_released(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    state.leases.set(event.id, None, seq, undoable=undoable)
+
+
+def _order_stored(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    header = record.Header(v=event.version, at=at_ms, counted=event.counted)
+    state.orders.set(event.id, record.join_header(bytes(event.value), header), seq, undoable=undoable)
+    _sales_counted(state, event, seq, at_ms, undoable)
+
+
+def _order_closed(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    header = record.Header(v=event.version, at=at_ms, counted=event.counted)
+    state.orders.set(event.id, None, seq, undoable=undoable)
+    state.completed_orders.set(event.id, record.join_header(bytes(event.value), header), seq, undoable=undoable)
+    _sales_counted(state, event, seq, at_ms, undoable)
+
+
+def _order_removed(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    mark = orjson.dumps({"id": event.id, "completed": event.counted})
+    state.counted.set(event.id, record.join(mark, 1), seq, undoable=undoable)
+    state.orders.set(event.id, None, seq, undoable=undoable)
+    state.completed_orders.set(event.id, None, seq, undoable=undoable)
+
+
+def _sales_counted(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    if event.totals is not None:
+        state.set_sales(state.sales.replaced(event.day, event.totals, event.oldest), seq, undoable=undoable)
+
+
+def _user_stored(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    line = record.join_header(bytes(event.value), record.Header(v=event.version, at=at_ms))
+    state.users.set(event.id, line, seq, undoable=undoable)
+
+
+def _user_removed(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    state.users.set(event.id, None, seq, undoable=undoable)
+
+
+def _record_stored(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    line = record.join_header(bytes(event.value), record.Header(v=event.version, at=at_ms))
+    state.collection(event.collection).set(event.id, line, seq, undoable=undoable)
+
+
+def _record_removed(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    state.collection(event.collection).set(event.id, None, seq, undoable=undoable)
+
+
+def _batch_applied(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    for member in event.events or ():
+        _APPLY[member.op](state, member, seq, at_ms, undoable)
+        if member.key is not None:
+            _remember_answer(state, member, seq, at_ms, undoable)
+
+
+def _remember_answer(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    answer = answer_of(event, seq)
+    kept = {"id": event.key, "op": event.op, "collection": event.collection, "target": event.id, "at": at_ms}
+    kept |= {"status": answer.status, "seq": seq, "version": answer.version}
+    kept |= {"generation": answer.generation, "expires_at": answer.expires_at}
+    assert event.key is not None
+    state.keys.set(event.key, record.join(orjson.dumps(kept), 1), seq, undoable=undoable)
+    state.key_wheel.schedule(event.key, at_ms + KEY_TTL_MS)
+
+
+_Applier = Callable[[State, Event, int, int, bool], None]
+
+_APPLY: dict[str, _Applier] = {
+    "session.put": _session_stored,
+    "session.patch": _session_stored,
+    "session.touch": _session_stored,
+    "session.delete": _session_removed,
+    "session.expire": _sessions_expired,
+    "session.lease": _session_leased,
+    "session.release": _session_released,
+    "order.put": _order_stored,
+    "order.patch": _order_stored,
+    "order.complete": _order_closed,
+    "order.cancel": _order_closed,
+    "order.delete": _order_removed,
+    "stats.order": _sales_counted,
+    "stats.completion": _sales_counted,
+    "user.put": _user_stored,
+    "user.patch": _user_stored,
+    "user.delete": _user_removed,
+    "record.put": _record_stored,
+    "record.patch": _record_stored,
+    "record.delete": _record_removed,
+    "batch": _batch_applied,
+}
+
+EVENT_OPS = frozenset(_APPLY)
+"""The ops that may stand in a journal of this format version."""

@@ -1,0 +1,209 @@
+"""Snapshot files: a JSON array with one record a line, and the manifest that says what each should be.
+
+The file is ``[``, newline, records joined by comma and newline, newline, ``]``. Every program that reads JSON
+reads it; grep finds a record; and when it is damaged, every line that is whole can be saved.
+
+A flush first writes ``manifest.next.json``, then the files, then renames the manifest into place. So at every
+instant each file matches one of the two manifests, and a file that matches neither was changed by somebody else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import msgspec
+
+from holdfast.disk.files import Directory, WrittenFile
+from holdfast.errors import DataRefused
+
+FORMAT_VERSION = 1
+"""Of the data directory; a newer one is refused untouched."""
+
+MANIFEST = "manifest.json"
+MANIFEST_NEXT = "manifest.next.json"
+_BLOCK_BYTES = 4 << 20
+_OPENING, _BETWEEN, _CLOSING = b"[\n", b",\n", b"\n]\n"
+
+
+class FileEntry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the manifest says of one snapshot file.
+
+    Attributes:
+        records: how many; 0 for files that hold none.
+        bytes: its size.
+        crc32: of its content, 8 hex digits.
+        mtime_ns: when we wrote it, ns since 1970.
+        seq: it holds every change of its collection up to here.
+    """
+
+    records: int
+    bytes: int
+    crc32: str
+    mtime_ns: int
+    seq: int
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """The table of contents of the data directory.
+
+    Attributes:
+        format: version of the layout.
+        holdfast: version of the program that wrote it.
+        at: when, ISO 8601.
+        snapshot_seq: the files hold every event up to here.
+        files: by name.
+    """
+
+    format: int = FORMAT_VERSION
+    holdfast: str = ""
+    at: str = ""
+    snapshot_seq: int = 0
+    files: dict[str, FileEntry] = {}
+
+
+def entry_of(written: WrittenFile, records: int, seq: int) -> FileEntry:
+    """The manifest's words for a file just written."""
+    return FileEntry(records, written.bytes, f"{written.crc32:08x}", written.mtime_ns, seq)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Its JSON, indented for people."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def read_manifest(directory: Directory, name: str) -> Manifest | None:
+    """The manifest *name*; None when there is none.
+
+    Raises:
+        DataRefused: written by a newer Holdfast.
+        ValueError: damaged; an OSError when it cannot be read.
+    """
+    if directory.stat(name) is None:
+        return None
+    raw = directory.read(name)
+    try:
+        layout = msgspec.json.decode(raw, type=dict[str, Any]).get("format")
+    except msgspec.DecodeError as error:
+        raise ValueError(f"not a manifest: {error}") from None
+    if isinstance(layout, int) and layout > FORMAT_VERSION:
+        raise DataRefused(
+            f"{directory.path} has format {layout}, this Holdfast knows {FORMAT_VERSION}; "
+            "install the newer version that wrote it. Nothing was touched"
+        )
+    try:
+        return msgspec.json.decode(raw, type=Manifest)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"not a manifest: {error}") from None
+
+
+def snapshot_chunks(shards: Iterable[Iterable[bytes]]) -> Iterator[bytes]:
+    """The content of a snapshot file, a chunk for each of *shards*."""
+    separator = _OPENING
+    for records in shards:
+        chunk = _BETWEEN.join(records)
+        if chunk:
+            yield separator + chunk
+            separator = _BETWEEN
+    yield _CLOSING if separator is _BETWEEN else b"[\n]\n"
+
+
+class ChecksumMismatchError(Exception):
+    """A snapshot file is not what the manifest says."""
+
+
+def read_blocks(directory: Directory, name: str, entry: FileEntry) -> Iterator[bytes]:
+    """The file *name* as blocks of whole lines without the brackets, each ending before its last comma.
+
+    Raises:
+        ChecksumMismatchError: size or checksum differ from *entry*; what was yielded before may be wrong.
+        OSError: it cannot be read.
+    """
+    with os.fdopen(directory.open_to_read(name), "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size != entry.bytes:
+            raise ChecksumMismatchError(name)
+        checksum, rest = 0, b""
+        while block := file.read(_BLOCK_BYTES):
+            checksum = crc32(block, checksum)
+            block = rest + block if rest else block
+            end = block.rfind(_BETWEEN)
+            if end < 0:
+                rest = block
+                continue
+            rest = block[end + 2 :]
+            yield block[2:end] if block.startswith(_OPENING) else block[:end]
+        if f"{checksum:08x}" != entry.crc32:
+            raise ChecksumMismatchError(name)
+    if rest.startswith(_OPENING):
+        rest = rest[2:]
+    rest = rest.removesuffix(_CLOSING)
+    if rest and rest != b"]\n":
+        yield rest
+
+
+class Salvage(NamedTuple):
+    """What could be read of a file that is not as we left it.
+
+    Attributes:
+        records: every whole JSON value that stands where a record stands.
+        is_whole: the file is one JSON array; nothing is missing.
+        reason: what is wrong with it; empty when it is whole.
+    """
+
+    records: list[Any]
+    is_whole: bool
+    reason: str
+
+
+def salvage(raw: bytes) -> Salvage:
+    """Read the records of *raw*, a JSON array in any layout, as far as they are whole.
+
+    A damaged record costs itself only: reading goes on at the next line that begins as records begin.
+    """
+    reason = ""
+    if raw.startswith(b"\xef\xbb\xbf"):
+        raw = raw[3:]
+    try:
+        value = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        reason = f"not JSON: {error}"
+    else:
+        if isinstance(value, list):
+            return Salvage(value, True, "")
+        return Salvage([], False, "a JSON object, not an array of records")
+    if not raw.strip(b"\0 \t\r\n"):
+        return Salvage([], False, "empty" if not raw else "nothing but zeros")
+    return Salvage(_whole_records(raw.decode("utf-8", "replace")), False, reason)
+
+
+def _whole_records(text: str) -> list[Any]:
+    decode = json.JSONDecoder(strict=True).raw_decode
+    begin = _record_start(text)
+    records: list[Any] = []
+    match = begin.search(text)
+    while match is not None:
+        start = match.end() - 1
+        try:
+            value, end = decode(text, start)
+        except (ValueError, RecursionError):
+            end = match.end()
+        else:
+            if isinstance(value, dict) and "\ufffd" not in text[start:end]:
+                records.append(value)
+        match = begin.search(text, end)
+    return records
+
+
+def _record_start(text: str) -> re.Pattern[str]:
+    """How the records of this file begin: after a newline and the first record's indentation, or after any comma."""
+    first = re.search(r"\[(\r?\n[ \t]*)\{", text[:4096]) or re.match(r"()(\s*)\{", text)
+    if first is not None and first[1]:
+        return re.compile(re.escape(first[1]) + r"\{")
+    line_by_line = re.search(r"(?:^|\n)([ \t]*)\{", text)
+    if line_by_line is not None and text.count("\n" + line_by_line[1] + "{") > 1:
+        return re.compile(r"\n" + re.escape(line_by_line[1]) + r"\{")
+    return re.compile(r"[\[,]\s*\{")

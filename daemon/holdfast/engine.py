@@ -1,0 +1,619 @@
+"""The single writer: ops come in, are decided, become events, and are answered when they are durable.
+
+The same object serves the daemon's event loop, an embedded program's threads and the tests. It is plain,
+synchronous and thread-safe; ``Ticket.committed`` is its only door to asyncio.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import threading
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
+
+import msgspec
+import orjson
+
+from holdfast import record
+from holdfast.clock import Clock, format_ms, parse_ms
+from holdfast.commit import Batch as WriteBatch
+from holdfast.commit import Committer
+from holdfast.core.collection import SHARDS
+from holdfast.core.decide import Rules, decide, decide_expiry
+from holdfast.core.event import Event, encode_event
+from holdfast.core.sales import encode_sales
+from holdfast.core.state import COMPLETED_ORDERS, ORDERS, SESSIONS, State, answer_of, apply
+from holdfast.disk.files import DirectoryLock
+from holdfast.disk.journal import Journal
+from holdfast.errors import BadRequest, ForkedProcess, HoldfastError, StorageFull, TooLarge, Unavailable
+from holdfast.flush import Flusher, FlushReport
+from holdfast.load import forgotten_ms
+from holdfast.ops import Answer, AnyOp, Batch, Durability
+from holdfast.settings import Settings
+from holdfast.values import ValueLimits
+
+EXPIRE_AT_ONCE = 1_000
+"""Sessions that one ``session.expire`` event may hold, so that no event and no wait for the lock is long."""
+
+PAGE_LOOKS_AT_MOST = 5_000
+"""Records that one filtered page examines; it may then be short, with a cursor to go on."""
+
+CLOCK_JUMP_MS = 5 * 60_000
+"""A wall clock this far ahead of the monotonic one has jumped; expiry does not believe it."""
+
+
+class Record(NamedTuple):
+    """A stored record.
+
+    Attributes:
+        id: as text.
+        version: counted from 1.
+        value: the JSON object as it was stored.
+    """
+
+    id: str
+    version: int
+    value: bytes
+
+
+class Page(NamedTuple):
+    """A part of a list.
+
+    Attributes:
+        items: the records; may be fewer than asked for, even none, when *next* is given.
+        next: the cursor of the following page; None at the end.
+    """
+
+    items: list[Record]
+    next: str | None
+
+
+class Ticket:
+    """What was decided, and the wait until it may be told.
+
+    Attributes:
+        outcomes: one per op, in order; not to be shown before ``wait`` or ``committed``.
+        seq: the last event of the ticket.
+    """
+
+    __slots__ = ("_batch", "_refusal", "outcomes", "seq")
+
+    def __init__(
+        self,
+        outcomes: list[Answer | HoldfastError],
+        seq: int,
+        batch: WriteBatch | None,
+        refusal: HoldfastError | None = None,
+    ) -> None:
+        self.outcomes = outcomes
+        self.seq = seq
+        self._batch = batch
+        self._refusal = refusal
+
+    def waits_with(self, other: Ticket) -> bool:
+        """Whether one wait serves both."""
+        return self._batch is other._batch
+
+    @property
+    def answer(self) -> Answer:
+        """The answer of a ticket for one op."""
+        answer = self.outcomes[0]
+        assert isinstance(answer, Answer), "a refused op has no answer"
+        return answer
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until everything this ticket tells is durable.
+
+        Raises:
+            StorageFull, JournalBroken: it is not; the ops were undone.
+            Unavailable: *timeout* seconds have passed.
+            HoldfastError: the op is refused, on grounds that are now durable.
+        """
+        if self._batch is not None:
+            self._batch.wait(timeout)
+        if self._refusal is not None:
+            raise self._refusal
+
+    async def committed(self) -> None:
+        """The same as ``wait``, for asyncio."""
+        batch = self._batch
+        if batch is not None and not (batch.is_done and batch.error is None):
+            await batch.committed()
+        if self._refusal is not None:
+            raise self._refusal
+
+
+class Engine:
+    """The state, its journal and its snapshots, behind one lock.
+
+    Made by ``recovery.open_engine``; owns the data directory until ``close``.
+
+    Attributes:
+        degraded: reasons why the data is not all it should be; empty when healthy.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        state: State,
+        journal: Journal,
+        flusher: Flusher,
+        lock: DirectoryLock,
+        clock: Clock,
+        log: Any,
+        *,
+        degraded: list[str],
+        reserved_names: dict[str, str],
+    ) -> None:
+        self.settings = settings
+        self._recovery_notes = degraded
+        self._reserved_names = reserved_names
+        self._state = state
+        self._journal = journal
+        self._flusher = flusher
+        self._directory_lock: DirectoryLock | None = lock
+        self._clock = clock
+        self._log = log
+        self._rules = rules_of(settings, reserved_names)
+        self._committer = Committer(state, journal, settings.durability, clock, log)
+        self._committer.on_full = self._log_full
+        self._lock = self._committer.lock
+        self._refusal: HoldfastError | None = None
+        self._started = clock.monotonic()
+        self._expiry_clock = _ConfirmedClock(clock)
+        self._close_guard = threading.Lock()
+        _open_engines.add(self)
+
+    # Changing.
+
+    def submit(self, op: AnyOp, *, durability: Durability | None = None) -> Ticket:
+        """Decide *op*. It is durable, and may be told to its caller, when the ticket's wait ends.
+
+        Raises:
+            HoldfastError: refused; nothing was changed. A refusal that rests on what is not durable yet comes from
+                the ticket's wait instead.
+        """
+        with self._lock:
+            if self._refusal is not None:
+                raise self._refusal
+            return self._decide(op, durability)
+
+    def submit_batch(self, batch: Batch, *, durability: Durability | None = None) -> Ticket:
+        """Decide the ops of *batch* in order; they wait together.
+
+        An atomic batch is one event, all or nothing. Otherwise refusals stand among the outcomes.
+
+        Raises:
+            HoldfastError: an op of an atomic batch is refused; its attribute ``index`` says which. Or the batch as a
+                whole is.
+        """
+        ops_max = self.settings.limits.batch_ops
+        if len(batch.ops) > ops_max:
+            raise TooLarge(f"a batch may have {ops_max} ops, this one has {len(batch.ops)}")
+        with self._lock:
+            if self._refusal is not None:
+                raise self._refusal
+            if batch.atomic:
+                return self._decide_together(batch.ops, durability)
+            outcomes: list[Answer | HoldfastError] = []
+            for op in batch.ops:
+                try:
+                    ticket = self._decide(op, durability)
+                except HoldfastError as error:
+                    outcomes.append(error)
+                else:
+                    outcomes.append(ticket._refusal or ticket.outcomes[0])
+            return Ticket(outcomes, self._state.seq, self._committer.in_flight())
+
+    def _decide(self, op: AnyOp, durability: Durability | None) -> Ticket:
+        """Decide and apply one op, under the lock."""
+        state, committer = self._state, self._committer
+        self._check_room()
+        now_ms = self._clock.now_ms()
+        try:
+            decided = decide(state, op, self._rules, state.seq + 1, now_ms)
+        except HoldfastError as error:
+            in_flight = committer.in_flight()
+            if in_flight is None:
+                raise
+            # What it rests on may yet be undone, and must not be told before it is durable.
+            return Ticket([], state.seq, in_flight, error)
+        if type(decided) is Answer:
+            return Ticket([decided], state.seq, committer.in_flight())
+        assert type(decided) is Event
+        undoable = committer.is_undoable(durability)
+        apply(state, decided, now_ms, undoable=undoable)
+        seq = decided.seq
+        batch = committer.add(encode_event(decided), seq, durability, undoable=undoable)
+        return Ticket([answer_of(decided, seq)], seq, batch)
+
+    def _decide_together(self, ops: list[AnyOp], durability: Durability | None) -> Ticket:
+        state, committer = self._state, self._committer
+        self._check_room()
+        now_ms = self._clock.now_ms()
+        seq = state.seq + 1
+        undoable = committer.is_undoable(durability)
+        outcomes: list[Answer | HoldfastError] = []
+        events: list[Event] = []
+        in_flight = committer.in_flight()
+        with state.all_or_nothing():
+            for index, op in enumerate(ops):
+                try:
+                    decided = decide(state, op, self._rules, seq, now_ms)
+                except HoldfastError as error:
+                    error.index = index
+                    raise
+                if isinstance(decided, Event):
+                    apply(state, decided, now_ms, undoable=undoable)
+                    outcomes.append(answer_of(decided, seq))
+                    decided.seq, decided.at = 0, ""
+                    events.append(decided)
+                else:
+                    outcomes.append(decided)
+        if not events:
+            return Ticket(outcomes, state.seq, in_flight)
+        whole = Event(seq, format_ms(now_ms), "batch", events=events)
+        state.seq = seq
+        batch = committer.add(encode_event(whole), seq, durability, undoable=undoable)
+        return Ticket(outcomes, seq, batch)
+
+    def _check_room(self) -> None:
+        self._committer.check()
+        if self._committer.deferred_bytes > self.settings.journal_max:
+            raise StorageFull("more changes wait for a flush than journal_max allows; free space on the disk")
+
+    def expire(self) -> int:
+        """Expire the sessions that are idle too long, and forget ended leases and old idempotency keys.
+
+        Looks only at those whose minute has come. Returns how many sessions expired; they are durably gone then.
+        """
+        now_ms, jumped_ms = self._expiry_clock.now_ms()
+        if jumped_ms:
+            self._log.warning("clock.jumped", ahead_ms=jumped_ms)
+        count = 0
+        while True:
+            with self._lock:
+                if self._refusal is not None:
+                    return count
+                looked, expired, batch = self._expire_some(now_ms)
+            if batch is not None:
+                batch.wait(None)
+            count += expired
+            if not looked:
+                break
+        self._forget_old(now_ms)
+        if count:
+            self._log.info("sessions.expired", count=count)
+        return count
+
+    def _expire_some(self, now_ms: int) -> tuple[int, int, WriteBatch | None]:
+        state = self._state
+        ids = state.session_wheel.take_due(now_ms, EXPIRE_AT_ONCE)
+        expired, later = decide_expiry(state, ids, self._rules, now_ms)
+        for id, due in later:
+            state.session_wheel.schedule(id, due)
+        if not expired:
+            return len(ids), 0, None
+        try:
+            self._check_room()
+        except HoldfastError:
+            state.session_wheel.schedule_all(now_ms // 60_000 + 1, expired)
+            raise
+        event = Event(state.seq + 1, format_ms(self._clock.now_ms()), "session.expire", ids=expired)
+        undoable = self._committer.is_undoable(None)
+        # Should the disk be full the sessions come back, and must be looked at again.
+        state.session_wheel.schedule_all(now_ms // 60_000 + 1, expired)
+        apply(state, event, now_ms, undoable=undoable)
+        return len(ids), len(expired), self._committer.add(encode_event(event), event.seq, None, undoable=undoable)
+
+    def _forget_old(self, now_ms: int) -> None:
+        """Drop book-keeping that no decision looks at any more; replay would only bring it back to be dropped again."""
+        state = self._state
+        with self._lock:
+            for wheel, collection in ((state.lease_wheel, state.leases), (state.key_wheel, state.keys)):
+                for id in wheel.take_due(now_ms, EXPIRE_AT_ONCE):
+                    line = collection.get(id)
+                    if line is None:
+                        continue
+                    due = forgotten_ms(collection.name, line)
+                    if due > now_ms:
+                        wheel.schedule(id, due)
+                    else:
+                        collection.set(id, None, collection.changed_seq, undoable=False)
+
+    # Reading. Only what is durable is seen.
+
+    def get(self, collection: str, id: str) -> Record | None:
+        """The record *id* in its last durable state; ``orders`` are pending ones, then completed and cancelled ones."""
+        if self._refusal is not None:
+            self._check_readable()
+        found = self._state.collections.get(collection)
+        line = found.committed(id) if found is not None else None
+        if line is None:
+            if collection != ORDERS:
+                return None
+            line = self._state.completed_orders.committed(id)
+            if line is None:
+                # It may have moved between the two looks.
+                line = self._state.orders.committed(id)
+                if line is None:
+                    return None
+        return _record(id, line)
+
+    def page(
+        self,
+        collection: str,
+        *,
+        limit: int = 100,
+        cursor: str | None = None,
+        since_ms: int | None = None,
+        state: str | None = None,
+    ) -> Page:
+        """Records of *collection* in a stable order of no meaning, from *cursor* on.
+
+        Args:
+            limit: at most so many.
+            cursor: ``next`` of the page before.
+            since_ms: only records active (sessions) or changed (others) at or after this, ms since 1970.
+            state: only sessions with this ``currentState``, orders with this ``status``.
+
+        Raises:
+            BadRequest: a cursor of another list, or a filter that this collection does not have.
+        """
+        self._check_readable()
+        names = [ORDERS, COMPLETED_ORDERS] if collection == ORDERS else [collection]
+        parts = [part for name in names if (part := self._state.collections.get(name)) is not None]
+        matches = self._filter(collection, since_ms, state)
+        first_place, after = _decode_cursor(cursor, collection)
+        items: list[Record] = []
+        looks = 0
+        for place in range(first_place, len(parts) * SHARDS):
+            part = parts[place // SHARDS]
+            ids = sorted(part.committed_shard(place % SHARDS))
+            for id in ids[bisect_right(ids, after) :] if after else ids:
+                line = part.committed(id)
+                looks += 1
+                if line is not None and (matches is None or matches(line)):
+                    items.append(_record(id, line))
+                if len(items) == limit or looks == PAGE_LOOKS_AT_MOST:
+                    return Page(items, _encode_cursor(collection, place, id))
+            after = ""
+        return Page(items, None)
+
+    def _filter(self, collection: str, since_ms: int | None, state: str | None) -> Callable[[bytes], bool] | None:
+        rules = self._rules
+        state_field = {SESSIONS: "currentState", ORDERS: "status"}.get(collection)
+        if state is not None and state_field is None:
+            raise BadRequest(f"{collection} have no state to filter by; sessions and orders have")
+        if since_ms is None and state is None:
+            return None
+        wanted = state.encode("utf-8", "replace") if state is not None and state.isalnum() else b""
+
+        def matches(line: bytes) -> bool:
+            if wanted not in line:
+                return False
+            value = orjson.loads(line)
+            if state is not None and value.get(state_field) != state:
+                return False
+            if since_ms is None:
+                return True
+            if collection == SESSIONS:
+                return parse_ms(value[rules.session_time_field], rules.zone) >= since_ms
+            return (record.header_of(line).at or 0) >= since_ms
+
+        return matches
+
+    def count(self, collection: str) -> int:
+        """How many records, with those being written."""
+        found = self._state.collections.get(collection)
+        return found.count if found is not None else 0
+
+    def collection_names(self) -> list[str]:
+        """The custom collections that hold something."""
+        return [found.name for found in list(self._state.custom())]
+
+    def sales(self) -> bytes:
+        """The sales figures in their last durable state, as in ``sales_stats.json``."""
+        self._check_readable()
+        return encode_sales(self._state.committed_sales)
+
+    def status(self) -> dict[str, Any]:
+        """Counts, seqs, sizes and the last flush, for people and monitors."""
+        state, journal = self._state, self._journal
+        last = self._flusher.last_report
+        return {
+            "data_dir": str(self.settings.data_dir),
+            "uptime_s": round(self._clock.monotonic() - self._started, 1),
+            "sessions": state.sessions.count,
+            "pending_orders": state.orders.count,
+            "completed_orders": state.completed_orders.count,
+            "users": state.users.count,
+            "collections": {found.name: found.count for found in list(state.custom())},
+            "leases": state.leases.count,
+            "idempotency_keys": state.keys.count,
+            "seq": state.seq,
+            "durable_seq": journal.synced_seq,
+            "snapshot_seq": self._flusher.snapshot_seq,
+            "journal_bytes": journal.size_bytes,
+            "journal_segments": journal.segments,
+            "snapshot_bytes": self._flusher.snapshot_bytes,
+            "durability": self._committer.durability,
+            "last_flush": None if last is None else msgspec.to_builtins(last),
+            "degraded": self.degraded,
+        }
+
+    @property
+    def degraded(self) -> list[str]:
+        """Reasons why the data is not all it should be; empty when healthy."""
+        reasons = list(self._recovery_notes)
+        if self._committer.is_full:
+            reasons.append("the disk is full: writes are refused with storage_full until there is room")
+        if self._flusher.last_error is not None:
+            reasons.append(f"the last flush failed: {self._flusher.last_error}")
+        return reasons
+
+    # Keeping.
+
+    def flush(self, reason: str) -> FlushReport:
+        """Write what changed to the snapshot files and prune the journal; blocks.
+
+        While one flush runs, all further calls share the one that comes after it.
+
+        Raises:
+            StorageFull, JournalBroken, OSError: the old snapshot stands and the journal is not pruned.
+        """
+        if isinstance(self._refusal, ForkedProcess):
+            raise self._refusal
+        return self._flusher.flush(reason, self._committer, self._state)
+
+    def flush_wanted(self) -> bool:
+        """Whether the journal has outgrown ``journal_max``."""
+        return self._journal.size_bytes + self._committer.deferred_bytes > self.settings.journal_max
+
+    def follow(self, name: str, watermark: Callable[[], int]) -> None:
+        """Keep the journal from *watermark*() + 1 on for the follower *name* (archive, replica, backup window)."""
+        self._flusher.followers[name] = watermark
+
+    def journal_progress(self) -> float:
+        """When the journal thread began its present piece of work, monotonic seconds; infinite when it rests."""
+        since = self._committer.busy_since
+        return float("inf") if since is None else since
+
+    @property
+    def on_broken(self) -> Callable[[HoldfastError], None]:
+        """Called once, from the journal's thread, when the disk refused to sync: the process must end, with exit code 1."""
+        return self._committer.on_broken
+
+    @on_broken.setter
+    def on_broken(self, callback: Callable[[HoldfastError], None]) -> None:
+        self._committer.on_broken = callback
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Use *settings* from the next op on; those that need a restart must be unchanged."""
+        with self._lock:
+            ttl_before = self._rules.session_ttl_ms
+            self.settings = settings
+            self._rules = rules_of(settings, self._reserved_names)
+            self._committer.durability = settings.durability
+            self._state.session_ttl_ms = self._rules.session_ttl_ms
+            if self._rules.session_ttl_ms < ttl_before:
+                # Whoever may now be due earlier is looked at once, in small portions, by the next expiry.
+                now_minute = self._clock.now_ms() // 60_000
+                self._state.session_wheel.clear()
+                self._state.session_wheel.schedule_all(now_minute, self._state.sessions)
+
+    def close(self, *, flush: bool = True) -> None:
+        """Stop: refuse ops, flush, close the journal, release the directory. Safe to call twice.
+
+        Raises:
+            HoldfastError, OSError: the final flush failed. Everything acknowledged is in the journal nevertheless,
+                unless the error is JournalBroken; all is closed and released.
+        """
+        with self._close_guard:
+            if self._directory_lock is None or isinstance(self._refusal, ForkedProcess):
+                return
+            with self._lock:
+                self._refusal = self._refusal or Unavailable("stopping; connect again when it is back")
+            try:
+                try:
+                    if flush:
+                        self._flusher.flush("shutdown", self._committer, self._state)
+                finally:
+                    self._committer.close()
+            finally:
+                self._flusher.close()
+                self._directory_lock.release()
+                self._directory_lock = None
+                self._refusal = Unavailable("closed; open the data directory again")
+
+    def _check_readable(self) -> None:
+        if self._refusal is not None and (isinstance(self._refusal, ForkedProcess) or self._directory_lock is None):
+            raise self._refusal
+
+    def _log_full(self, is_full: bool) -> None:
+        if is_full:
+            self._log.error("journal.disk_filled", action="free space; writes resume by themselves")
+        else:
+            self._log.info("journal.writes_resumed")
+
+    def _forget_in_child(self) -> None:
+        self._refusal = ForkedProcess(
+            f"opened by process {os.getppid()}; a forked child must open or connect for itself"
+        )
+        if self._directory_lock is not None:
+            self._directory_lock.abandon()
+
+
+def rules_of(settings: Settings, reserved_names: dict[str, str]) -> Rules:
+    """The part of *settings* that decisions depend on."""
+    limits = settings.limits
+    return Rules(
+        session_id_field=settings.sessions.id_field,
+        session_time_field=settings.sessions.time_field,
+        order_id_field=settings.orders.id_field,
+        session_ttl_ms=round(settings.sessions.ttl * 1000),
+        session_limits=ValueLimits(settings.sessions.max_bytes, limits.depth, limits.keys),
+        record_limits=ValueLimits(limits.record_bytes, limits.depth, limits.keys),
+        id_chars_max=limits.id_chars,
+        zone=ZoneInfo(settings.stats.timezone),
+        keep_days=settings.stats.keep_days,
+        reserved_names=reserved_names,
+    )
+
+
+class _ConfirmedClock:
+    """Wall time for expiry, believed only as far as a clock that nobody can set confirms it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._wall_ms = clock.now_ms()
+        self._monotonic = clock.monotonic()
+        self._has_told = False
+
+    def now_ms(self) -> tuple[int, int]:
+        """The time, and by how many ms the wall clock was just found to have jumped ahead (0: not)."""
+        wall_ms = self._clock.now_ms()
+        expected_ms = self._wall_ms + round((self._clock.monotonic() - self._monotonic) * 1000)
+        ahead_ms = wall_ms - expected_ms
+        if ahead_ms <= CLOCK_JUMP_MS:
+            self._has_told = False
+            return wall_ms, 0
+        told, self._has_told = self._has_told, True
+        return expected_ms, 0 if told else ahead_ms
+
+
+def _record(id: str, line: bytes) -> Record:
+    return Record(id, record.version_of(line)[0], record.value_of(line))
+
+
+def _encode_cursor(collection: str, place: int, id: str) -> str:
+    return base64.urlsafe_b64encode(orjson.dumps([collection, place, id])).decode().rstrip("=")
+
+
+def _decode_cursor(cursor: str | None, collection: str) -> tuple[int, str]:
+    if cursor is None:
+        return 0, ""
+    try:
+        name, place, id = msgspec.json.decode(
+            base64.urlsafe_b64decode(cursor.encode("ascii") + b"=" * (-len(cursor) % 4)), type=tuple[str, int, str]
+        )
+    except (ValueError, msgspec.DecodeError):
+        raise BadRequest("not a cursor; use the 'next' of the page before, or leave it out") from None
+    if name != collection or not 0 <= place < 2 * SHARDS:
+        raise BadRequest(f"a cursor of the list of {name!r:.80}, this is the list of {collection!r:.80}")
+    return place, id
+
+
+_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for engine in list(_open_engines):
+        engine._forget_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,246 @@
+"""The flush: a consistent picture of the whole state at one seq, written without stopping the world.
+
+In this order, so that a crash at any point loses nothing: the journal is synced and goes on in a new segment;
+the changed collections are captured as of its last seq S; their files are staged beside the old ones; the next
+manifest; the files move into place; the manifest follows; only then is the journal pruned.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+
+from holdfast import __version__
+from holdfast.clock import Clock, format_ms
+from holdfast.commit import Committer
+from holdfast.core.collection import SHARDS, Collection
+from holdfast.core.sales import Sales, encode_sales
+from holdfast.core.state import COMPLETED_ORDERS, COUNTED, KEYS, LEASES, ORDERS, SESSIONS, USERS, State
+from holdfast.disk.files import Directory
+from holdfast.disk.journal import Journal
+from holdfast.disk.snapshot import (
+    MANIFEST,
+    MANIFEST_NEXT,
+    FileEntry,
+    Manifest,
+    encode_manifest,
+    entry_of,
+    snapshot_chunks,
+)
+from holdfast.errors import HoldfastError
+
+SALES_FILE = "sales_stats.json"
+
+FILE_OF = {
+    SESSIONS: "chat_sessions.json",
+    ORDERS: "pending_orders.json",
+    COMPLETED_ORDERS: "completed_orders.json",
+    USERS: "users.json",
+    LEASES: "_leases.json",
+    KEYS: "_keys.json",
+    COUNTED: "_counted.json",
+}
+"""Where the built-in collections live; a custom one lives in NAME.json."""
+
+
+def file_of(collection: str) -> str:
+    """The snapshot file of *collection*."""
+    return FILE_OF.get(collection, f"{collection}.json")
+
+
+class FlushReport(msgspec.Struct, frozen=True):
+    """What a flush did.
+
+    Attributes:
+        reason: interval, size, signal, api, shutdown, recovery.
+        snapshot_seq: the files hold every event up to here.
+        files: how many were rewritten.
+        bytes: their size.
+        pruned: journal segments removed.
+        duration_ms: from the first to the last step.
+        at: when it ended, ISO 8601.
+    """
+
+    reason: str
+    snapshot_seq: int
+    files: int
+    bytes: int
+    pruned: int
+    duration_ms: float
+    at: str
+
+
+class Flusher:
+    """Writes snapshots; one flush at a time, at most one waiting.
+
+    Attributes:
+        followers: by name, what each still needs: a function that gives its watermark seq.
+        last_report: of the last flush that succeeded.
+        last_error: why the last one failed; None when it did not.
+    """
+
+    def __init__(self, directory: Directory, journal: Journal, manifest: Manifest, clock: Clock, log: Any) -> None:
+        self.followers: dict[str, Callable[[], int]] = {}
+        self.last_report: FlushReport | None = None
+        self.last_error: Exception | None = None
+        self._directory = directory
+        self._journal = journal
+        self._manifest = manifest
+        self._clock = clock
+        self._log = log
+        self._running = threading.Lock()
+        self._guard = threading.Lock()
+        self._next: _Run | None = None
+
+    @property
+    def snapshot_seq(self) -> int:
+        """The snapshot files hold every event up to here."""
+        return self._manifest.snapshot_seq
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Size of the snapshot files."""
+        return sum(entry.bytes for entry in self._manifest.files.values())
+
+    def flush(self, reason: str, committer: Committer, state: State) -> FlushReport:
+        """Flush, or share the flush that waits for the running one; errors as ``Engine.flush``."""
+        with self._guard:
+            run = self._next
+            is_mine = run is None
+            if run is None:
+                run = self._next = _Run()
+        if is_mine:
+            with self._running:
+                with self._guard:
+                    # From here on its picture may be taken; who comes later needs the one after it.
+                    self._next = None
+                try:
+                    run.report = self._flush(reason, committer, state)
+                except BaseException as error:
+                    run.error = error
+                finally:
+                    run.done.set()
+        else:
+            run.done.wait()
+        if run.report is None:
+            assert run.error is not None
+            raise run.error
+        return run.report
+
+    def _flush(self, reason: str, committer: Committer, state: State) -> FlushReport:
+        started = self._clock.monotonic()
+        try:
+            report = self._write(reason, committer, state, started)
+        except (HoldfastError, OSError) as error:
+            self.last_error = error
+            self._log.error("flush.failed", reason=reason, error=str(error))
+            raise
+        self.last_error = None
+        self.last_report = report
+        self._log.info("flush.completed", **{key: getattr(report, key) for key in _LOGGED})
+        return report
+
+    def _write(self, reason: str, committer: Committer, state: State, started: float) -> FlushReport:
+        files = self._manifest.files
+        captured: list[Collection] = []
+        sales: list[Sales] = []
+
+        def begin(seq: int) -> None:
+            for collection in state.collections.values():
+                entry = files.get(file_of(collection.name))
+                if entry is None or collection.changed_seq > entry.seq:
+                    collection.begin_capture()
+                    captured.append(collection)
+            entry = files.get(SALES_FILE)
+            if entry is None or state.sales_changed_seq > entry.seq:
+                sales.append(state.sales)
+
+        staged: dict[str, FileEntry] = {}
+        try:
+            seq = committer.checkpoint(begin)
+            for collection in captured:
+                name = file_of(collection.name)
+                records = _Counter()
+                written = self._directory.stage(
+                    name, snapshot_chunks(_captured_shards(collection, committer.lock, records))
+                )
+                staged[name] = entry_of(written, records.count, seq)
+            if sales:
+                staged[SALES_FILE] = entry_of(self._directory.stage(SALES_FILE, [encode_sales(sales[0])]), 0, seq)
+            self._publish(staged, seq)
+        except BaseException:
+            self._directory.discard(staged)
+            raise
+        finally:
+            with committer.lock:
+                for collection in captured:
+                    collection.end_capture()
+        needed = min([seq, *(watermark() for watermark in self.followers.values())]) + 1
+        pruned = self._journal.prune(needed)
+        return FlushReport(
+            reason=reason,
+            snapshot_seq=seq,
+            files=len(staged),
+            bytes=sum(entry.bytes for entry in staged.values()),
+            pruned=pruned,
+            duration_ms=round((self._clock.monotonic() - started) * 1000, 1),
+            at=format_ms(self._clock.now_ms()),
+        )
+
+    def _publish(self, staged: dict[str, FileEntry], seq: int) -> None:
+        manifest = Manifest(
+            holdfast=__version__,
+            at=format_ms(self._clock.now_ms()),
+            snapshot_seq=seq,
+            files=self._manifest.files | staged,
+        )
+        self._keep_what_others_wrote(staged)
+        self._directory.write_atomic(MANIFEST_NEXT, [encode_manifest(manifest)])
+        self._directory.publish(staged)
+        self._directory.rename(MANIFEST_NEXT, MANIFEST)
+        self._directory.sync()
+        self._manifest = manifest
+
+    def _keep_what_others_wrote(self, staged: dict[str, FileEntry]) -> None:
+        """Copy aside each file about to be replaced that somebody changed while we ran."""
+        for name in staged:
+            ours = self._manifest.files.get(name)
+            found = self._directory.stat(name)
+            if ours is None or found is None or (found.st_size, found.st_mtime_ns) == (ours.bytes, ours.mtime_ns):
+                continue
+            with self._directory.subdirectory("backups") as backups:
+                place = f"edited-{format_ms(self._clock.now_ms()).replace(':', '')}"
+                with backups.subdirectory(place) as kept:
+                    self._directory.keep_copy(name, kept)
+            self._log.warning("snapshot.edit_kept", file=name, kept_in=f"backups/{place}")
+
+    def close(self) -> None:
+        """Give the directory back."""
+        self._directory.close()
+
+
+class _Run:
+    def __init__(self) -> None:
+        self.report: FlushReport | None = None
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+
+def _captured_shards(collection: Collection, lock: threading.Lock, counter: _Counter) -> Iterator[Any]:
+    for index in range(SHARDS):
+        # One shard at a time, so that nobody waits longer than the copying of one takes.
+        with lock:
+            shard = collection.capture_shard(index)
+        counter.count += len(shard)
+        yield shard.values()
+
+
+_LOGGED = ("reason", "duration_ms", "bytes", "files", "snapshot_seq")

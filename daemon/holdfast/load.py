@@ -1,0 +1,207 @@
+"""Snapshot files into memory: fast when they are as we left them, careful when somebody else wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+import orjson
+
+from holdfast import record
+from holdfast.clock import parse_ms
+from holdfast.core.collection import Collection
+from holdfast.core.decide import RECORD_ID_FIELD, USER_ID_FIELD, Rules, due_ms
+from holdfast.core.state import COMPLETED_ORDERS, KEY_TTL_MS, KEYS, LEASES, ORDERS, SESSIONS, USERS, State
+from holdfast.core.wheel import MINUTE_MS
+from holdfast.disk.files import Directory
+from holdfast.disk.snapshot import FileEntry, read_blocks
+
+_MINUTE_CHARS = len("2026-11-21T06:00")
+_STAMP_CHARS = len("2026-11-21T06:00:00.000Z")
+
+
+class Counts(msgspec.Struct):
+    """What became of the records of foreign files.
+
+    Attributes:
+        loaded: are in memory now.
+        skipped_invalid: lack a required field, or cannot be kept exactly.
+        merged: share their id with another.
+    """
+
+    loaded: int = 0
+    skipped_invalid: int = 0
+    merged: int = 0
+
+
+def id_field_of(collection: str, rules: Rules) -> str:
+    """The field of a record's value that holds its id."""
+    fields = {
+        SESSIONS: rules.session_id_field,
+        ORDERS: rules.order_id_field,
+        COMPLETED_ORDERS: rules.order_id_field,
+        USERS: USER_ID_FIELD,
+    }
+    return fields.get(collection, RECORD_ID_FIELD)
+
+
+def load_trusted(
+    directory: Directory,
+    name: str,
+    entry: FileEntry,
+    state: State,
+    collection: Collection,
+    rules: Rules,
+    on_block: Callable[[int], None],
+) -> None:
+    """Load a file that we wrote; its lines become the records as they are.
+
+    Decodes nothing but each line's id and time, and calls *on_block* with the bytes read after each block.
+
+    Raises:
+        ChecksumMismatchError: it is not what we wrote; *collection* may hold wrong records and must be discarded.
+        OSError: it cannot be read.
+    """
+    opening = b'{"%b":"' % id_field_of(collection.name, rules).encode()
+    is_sessions = collection.name == SESSIONS
+    for block in read_blocks(directory, name, entry):
+        lines = block.split(b",\n")
+        ids = _ids(lines, opening) or [_slow_id(line, opening) for line in lines]
+        fill = collection.fill
+        for id, line in zip(ids, lines, strict=True):
+            fill(id, line)
+        if is_sessions:
+            _schedule_sessions(state, block, ids, lines, rules)
+        elif collection.name in (LEASES, KEYS):
+            for id, line in zip(ids, lines, strict=True):
+                schedule_bookkeeping(state, collection.name, id, line)
+        on_block(len(block))
+
+
+def load_foreign(
+    values: Iterable[Any],
+    state: State,
+    collection: Collection,
+    rules: Rules,
+    now_ms: int,
+    *,
+    bump_versions: bool,
+) -> Counts:
+    """Load records that others wrote or changed: each checked, an id that exists twice merged.
+
+    Args:
+        values: decoded JSON, whatever it is.
+        now_ms: what counts as the time of the change.
+        bump_versions: give each record a new version, since which of them were changed cannot be known.
+    """
+    counts = Counts()
+    for value in values:
+        try:
+            id, line = _foreign_line(collection.name, value, rules, now_ms, bump_versions=bump_versions)
+            due = due_ms(line, rules) if collection.name == SESSIONS else 0
+        except (KeyError, TypeError, ValueError, OverflowError):
+            counts.skipped_invalid += 1
+            continue
+        present = collection.get(id)
+        if present is not None:
+            counts.merged += 1
+            if _time_of(collection.name, line, rules) <= _time_of(collection.name, present, rules):
+                continue
+        collection.fill(id, line)
+        if collection.name == SESSIONS:
+            state.session_wheel.schedule(id, due)
+        elif collection.name in (LEASES, KEYS):
+            schedule_bookkeeping(state, collection.name, id, line)
+    counts.loaded = collection.count
+    return counts
+
+
+def forgotten_ms(collection: str, line: bytes) -> int:
+    """When the lease or idempotency key in *line* is of no use any more, ms since 1970."""
+    kept = orjson.loads(line)
+    return int(kept["until"]) if collection == LEASES else int(kept["at"]) + KEY_TTL_MS
+
+
+def schedule_bookkeeping(state: State, collection: str, id: str, line: bytes) -> None:
+    """Have the lease or key *id* forgotten in its time."""
+    wheel = state.lease_wheel if collection == LEASES else state.key_wheel
+    wheel.schedule(id, forgotten_ms(collection, line))
+
+
+def _ids(lines: list[bytes], opening: bytes) -> list[str] | None:
+    """The ids of *lines* when each begins with its id as plain text, else None."""
+    start = len(opening)
+    try:
+        ids = [line[start : line.index(b'"', start)] for line in lines if line.startswith(opening)]
+    except ValueError:
+        return None
+    if len(ids) != len(lines) or b"\\" in b"".join(ids):
+        return None
+    return [id.decode() for id in ids]
+
+
+def _slow_id(line: bytes, opening: bytes) -> str:
+    field = opening[2:-3].decode()
+    return str(orjson.loads(line)[field])
+
+
+def _schedule_sessions(state: State, block: bytes, ids: list[str], lines: list[bytes], rules: Rules) -> None:
+    """Put sessions into the wheel by the minute that their time begins with, without decoding them.
+
+    The field name stands exactly once in each line when its count in the block equals that of the lines, since each
+    has it at the top. Lines with a ttl of their own, or a time in another form, are decoded.
+    """
+    marker = b'"%b":"' % rules.session_time_field.encode()
+    stamps = [part[:_STAMP_CHARS] for part in block.split(marker)][1:]
+    wheel = state.session_wheel
+    if len(stamps) != len(lines) or b'"ttl":' in block or any(stamp[-1:] != b"Z" for stamp in stamps):
+        for id, line in zip(ids, lines, strict=True):
+            wheel.schedule(id, due_ms(line, rules))
+        return
+    by_minute: dict[bytes, list[str]] = {}
+    for id, stamp in zip(ids, stamps, strict=True):
+        minute = stamp[:_MINUTE_CHARS]
+        if minute in by_minute:
+            by_minute[minute].append(id)
+        else:
+            by_minute[minute] = [id]
+    ttl_minutes = rules.session_ttl_ms // MINUTE_MS
+    for minute, members in by_minute.items():
+        started_ms = parse_ms(minute.decode() + "Z")
+        wheel.schedule_all(started_ms // MINUTE_MS + ttl_minutes, members)
+
+
+def _foreign_line(collection: str, value: Any, rules: Rules, now_ms: int, *, bump_versions: bool) -> tuple[str, bytes]:
+    """The id and record of *value*.
+
+    Raises:
+        TypeError, ValueError: it is no record of *collection*, or cannot be kept exactly.
+    """
+    if type(value) is not dict:
+        raise TypeError("not an object")
+    raw_header = value.pop(record.HEADER_KEY, None)
+    given = value.get(id_field_of(collection, rules))
+    if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
+        raise ValueError("no id")
+    if raw_header is not None:
+        header = msgspec.convert(raw_header, record.Header)
+        if bump_versions:
+            header = msgspec.structs.replace(header, v=header.v + 1)
+    else:
+        header = record.Header(at=None if collection == SESSIONS else now_ms)
+        if collection in (ORDERS, COMPLETED_ORDERS) and not value.get("recipientPhone"):
+            raise ValueError("no recipientPhone")
+    if collection == SESSIONS:
+        parse_ms(value[rules.session_time_field], rules.zone)
+    return str(given), record.join_header(orjson.dumps(value), header)
+
+
+def _time_of(collection: str, line: bytes, rules: Rules) -> int:
+    """What decides between two records of one id: the newer one wins."""
+    value = orjson.loads(line)
+    field = rules.session_time_field if collection == SESSIONS else "updatedAt"
+    try:
+        return parse_ms(value[field], rules.zone)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return 0

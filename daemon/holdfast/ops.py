@@ -1,0 +1,226 @@
+"""The vocabulary: what clients may ask (ops), and what they are told (answers).
+
+One type per op of CONTRACT section 6. The same types serve the embedded library, the HTTP routes, batches
+and the command line, so an op that works in one place works in all. An op says what the caller wants; only
+``core.decide`` knows whether it may have it.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any, Literal
+
+import msgspec
+
+Durability = Literal["always", "everysec", "interval"]
+"""When an op is acknowledged: after fsync, after write (fsync each second), or at once (written at each flush)."""
+
+Seconds = str | int | float
+"""A duration on the wire: a number of seconds, or text such as ``"90s"``, ``"12h"``."""
+
+
+ANY_VERSION = -1
+"""As ``if_version``: the record must exist, in whatever version (HTTP's ``If-Match: *``)."""
+
+
+class Op(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="op"):
+    """What every op has.
+
+    Attributes:
+        idempotency_key: a repeat with the same key within 24 h returns the first answer and changes nothing.
+    """
+
+    idempotency_key: str | None = None
+
+
+class RecordOp(Op, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An op on one record.
+
+    Attributes:
+        id: the record's id, as text also where the stored field is a number.
+        if_version: do it only when the record has this version; 0 means "only if absent",
+            ``ANY_VERSION`` "only if present".
+    """
+
+    id: str
+    if_version: int | None = None
+
+
+class SessionPut(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="session.put"):
+    """Store a whole session. ``lastActivity`` is kept when given and set to now when absent.
+
+    Attributes:
+        value: the JSON object.
+        ttl: idle time after which it expires; None keeps the session's own, or the setting's.
+        lease: the generation of the lease under which the caller writes.
+    """
+
+    value: dict[str, Any]
+    ttl: Seconds | None = None
+    lease: int | None = None
+
+
+class SessionPatch(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="session.patch"):
+    """Merge *value* into the session (RFC 7396). ``lastActivity`` moves only when the patch says so."""
+
+    value: dict[str, Any]
+    ttl: Seconds | None = None
+    lease: int | None = None
+
+
+class SessionTouch(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="session.touch"):
+    """Set ``lastActivity`` to now."""
+
+    ttl: Seconds | None = None
+    lease: int | None = None
+
+
+class SessionDelete(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="session.delete"):
+    """Remove the session."""
+
+    lease: int | None = None
+
+
+class SessionLease(Op, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="session.lease"):
+    """Take the lease of a session for *ttl*, or renew the one of *generation*. The session need not exist yet."""
+
+    id: str
+    ttl: Seconds = 30
+    owner: str | None = None
+    generation: int | None = None
+
+
+class SessionRelease(Op, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="session.release"):
+    """Give the lease of *generation* back."""
+
+    id: str
+    generation: int
+
+
+class OrderPut(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="order.put"):
+    """Store a whole order. The first one of an id counts in the sales statistics."""
+
+    value: dict[str, Any]
+
+
+class OrderPatch(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="order.patch"):
+    """Merge *value* into a pending order (RFC 7396)."""
+
+    value: dict[str, Any]
+
+
+class OrderComplete(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="order.complete"):
+    """Complete an order; counts completion and *revenue* once, however often it is repeated."""
+
+    revenue: Decimal | None = None
+
+
+class OrderCancel(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="order.cancel"):
+    """Cancel a pending order."""
+
+    reason: str | None = None
+
+
+class OrderDelete(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="order.delete"):
+    """Remove an order, pending or completed. What it added to the statistics stays counted."""
+
+
+class StatsOrder(Op, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="stats.order"):
+    """Count an order that Holdfast does not keep. *at* is its moment, now when absent."""
+
+    product_type: str | None = None
+    at: str | None = None
+
+
+class StatsCompletion(Op, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="stats.completion"):
+    """Count a completion and its *revenue*, of an order that Holdfast does not keep."""
+
+    revenue: Decimal | None = None
+    at: str | None = None
+
+
+class UserPut(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="user.put"):
+    """Store a whole user profile."""
+
+    value: dict[str, Any]
+
+
+class UserPatch(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="user.patch"):
+    """Merge *value* into a user profile (RFC 7396)."""
+
+    value: dict[str, Any]
+
+
+class UserDelete(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="user.delete"):
+    """Remove a user profile."""
+
+
+class RecordPut(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="record.put"):
+    """Store a whole record of a custom collection, which comes into being with its first record."""
+
+    collection: str
+    value: dict[str, Any]
+
+
+class RecordPatch(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="record.patch"):
+    """Merge *value* into a record of a custom collection (RFC 7396)."""
+
+    collection: str
+    value: dict[str, Any]
+
+
+class RecordDelete(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="record.delete"):
+    """Remove a record of a custom collection."""
+
+    collection: str
+
+
+AnyOp = (
+    SessionPut
+    | SessionPatch
+    | SessionTouch
+    | SessionDelete
+    | SessionLease
+    | SessionRelease
+    | OrderPut
+    | OrderPatch
+    | OrderComplete
+    | OrderCancel
+    | OrderDelete
+    | StatsOrder
+    | StatsCompletion
+    | UserPut
+    | UserPatch
+    | UserDelete
+    | RecordPut
+    | RecordPatch
+    | RecordDelete
+)
+"""Every op a client may send."""
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of ``POST /v1/batch``: *ops* in order, all or nothing when *atomic*."""
+
+    ops: list[AnyOp]
+    atomic: bool = False
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an op yielded.
+
+    Attributes:
+        status: 200 changed or confirmed, 201 created, 204 removed.
+        seq: the event that made it so (for a repeat: the event of the first time).
+        id: the record's id; empty for ``stats.*``.
+        version: the record's version after the op; 0 when there is none (deleted, lease, stats).
+        generation: the fencing generation of a lease.
+        expires_at: when a lease ends, ISO 8601.
+    """
+
+    status: int
+    seq: int
+    id: str = ""
+    version: int = 0
+    generation: int | None = None
+    expires_at: str | None = None

@@ -1,0 +1,79 @@
+"""One stored record, which is at the same time its line in the snapshot file.
+
+A record is a single ``bytes`` object: the value's canonical JSON with one more key at its end, the header::
+
+    {"recipientPhone":"573001234567","lastActivity":"2026-11-21T06:00:00.000Z","_holdfast":{"v":3}}
+
+So a flush is a join, loading is a split, and reading cuts the header off; nothing is decoded that nobody looks
+at. The header is written only by ``join``, holds numbers and booleans only, and is therefore always the last
+occurrence of ``,"_holdfast":{`` in the record, whatever the value contains.
+
+A value is never an empty object: it holds at least its id, so the comma is always right.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+HEADER_KEY = "_holdfast"
+"""Reserved as a key of records; values that bring their own are refused."""
+
+_MARK = b',"_holdfast":{'
+_PLAIN_START = b',"_holdfast":{"v":'
+_PLAIN_DIGITS_AT = len(_PLAIN_START)
+
+
+class Header(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What Holdfast knows about a record beside its value.
+
+    Attributes:
+        v: version, counted from 1.
+        ttl: a session's own idle time in ms; None means the setting's.
+        at: when it was last changed, ms since 1970; absent for sessions, which carry ``lastActivity``.
+        counted: the completion of this order is in the sales statistics.
+    """
+
+    v: int = 1
+    ttl: int | None = None
+    at: int | None = None
+    counted: bool = False
+
+
+_encode_header = msgspec.json.Encoder().encode
+_decode_header = msgspec.json.Decoder(Header).decode
+
+
+def join(value: bytes, version: int) -> bytes:
+    """The record of *value* with a header that holds nothing but its version; the hot path."""
+    return b'%b,"_holdfast":{"v":%d}}' % (value[:-1], version)
+
+
+def join_header(value: bytes, header: Header) -> bytes:
+    """The record of *value* with the whole *header*."""
+    if header.v == 1:  # omitted as a default by the encoder, but every record shows its version
+        rest = _encode_header(header)[1:-1]
+        return b'%b,"_holdfast":{"v":1%b%b}}' % (value[:-1], b"," if rest else b"", rest)
+    return b'%b,"_holdfast":%b}' % (value[:-1], _encode_header(header))
+
+
+def value_of(record: bytes) -> bytes:
+    """The value as it was stored: canonical JSON without the header."""
+    return record[: record.rindex(_MARK)] + b"}"
+
+
+def version_of(record: bytes) -> tuple[int, bool]:
+    """The record's version, and whether its header holds nothing else."""
+    tail = record[record.rindex(_MARK) + _PLAIN_DIGITS_AT : -2]
+    if tail.isdigit():
+        return int(tail), True
+    return int(tail.split(b",", 1)[0]), False
+
+
+def header_of(record: bytes) -> Header:
+    """The whole header."""
+    return _decode_header(record[record.rindex(_MARK) + len(_MARK) - 1 : -1])
+
+
+def has_header(line: bytes) -> bool:
+    """Whether *line* ends with a header of ours."""
+    return line.endswith(b"}}") and _MARK in line

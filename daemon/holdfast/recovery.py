@@ -1,0 +1,457 @@
+"""Coming back: from snapshot files and journal, whatever state they were left in, to an engine.
+
+lock → manifest and snapshots (salvaged where damaged) → replay → drop what is too old → merge. Until all of that is
+done nothing is written except evidence and copies; a start that is cancelled leaves the data as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import structlog
+
+from holdfast.clock import Clock, format_ms, parse_ms
+from holdfast.core.collection import Collection
+from holdfast.core.decide import Rules, decide_expiry
+from holdfast.core.event import decode_event
+from holdfast.core.sales import decode_sales, oldest_day
+from holdfast.core.state import BUILT_IN, EVENT_OPS, SESSIONS, State, apply, is_custom_name
+from holdfast.disk.files import Directory, DirectoryLock, prepare_directory
+from holdfast.disk.journal import Damage, History, Journal, read_history, segment_name
+from holdfast.disk.snapshot import (
+    MANIFEST,
+    MANIFEST_NEXT,
+    ChecksumMismatchError,
+    FileEntry,
+    Manifest,
+    read_manifest,
+    salvage,
+)
+from holdfast.engine import Engine, rules_of
+from holdfast.errors import DataRefused, HoldfastError, Unavailable
+from holdfast.flush import SALES_FILE, Flusher, file_of
+from holdfast.load import Counts, load_foreign, load_trusted
+from holdfast.settings import Settings
+
+_NOT_COLLECTIONS = frozenset({MANIFEST, MANIFEST_NEXT, SALES_FILE, "tokens.json"})
+
+
+def open_engine(
+    settings: Settings,
+    *,
+    clock: Clock | None = None,
+    cancelled: threading.Event | None = None,
+    progress: Callable[[str], None] | None = None,
+    log: Any = None,
+) -> Engine:
+    """Take the data directory and bring its state into memory; blocks for as long as that takes.
+
+    Args:
+        settings: where the data is and how to read it.
+        clock: for tests.
+        cancelled: set it to give up; nothing is written then.
+        progress: told in words how far it is.
+        log: a structlog logger.
+
+    Raises:
+        DirectoryLocked: another process has it.
+        DataRefused: it cannot be opened safely; nothing was touched.
+        Unavailable: cancelled.
+        StorageFull, OSError: the disk does not let us.
+    """
+    data_dir = settings.data_dir
+    prepare_directory(data_dir)
+    lock = DirectoryLock(data_dir)
+    try:
+        directory = Directory(data_dir)
+        try:
+            recovery = _Recovery(
+                settings,
+                directory,
+                clock or Clock(),
+                cancelled or threading.Event(),
+                progress or (lambda text: None),
+                log if log is not None else structlog.get_logger(),
+            )
+            return recovery.run(lock)
+        except BaseException:
+            directory.close()
+            raise
+    except BaseException:
+        lock.release()
+        raise
+
+
+class _Recovery:
+    """One recovery; lives as long as ``open_engine`` runs."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        directory: Directory,
+        clock: Clock,
+        cancelled: threading.Event,
+        progress: Callable[[str], None],
+        log: Any,
+    ) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._clock = clock
+        self._cancelled = cancelled
+        self._progress = progress
+        self._log = log
+        self._started = clock.monotonic()
+        self._now_ms = clock.now_ms()
+        self._rules: Rules = rules_of(settings, {})
+        self._state = State(self._rules.session_ttl_ms)
+        self._manifest = Manifest()
+        self._alternative: Manifest | None = None
+        self._counts = Counts()
+        # Names of files whose content differs from what memory now holds: kept before anything replaces them.
+        self._replaced: set[str] = set()
+        self._unlisted: set[str] = set()
+        self._damages: list[str] = []
+        self._ignored: dict[str, str] = {}
+
+    def run(self, lock: DirectoryLock) -> Engine:
+        self._read_manifests()
+        self._load_snapshots()
+        journal_directory = self._directory.subdirectory("journal")
+        history = self._read_history(journal_directory)
+        replayed = self._replay(history)
+        dropped = self._drop_stale()
+        self._check_cancelled()
+        if self._damages and self._settings.recovery == "strict":
+            raise DataRefused(
+                f"{self._directory.path} is damaged: {'; '.join(self._damages)}. "
+                'Restore a backup, or start with recovery = "available" to go on with what is left'
+            )
+
+        # From here on the disk is changed.
+        self._directory.remove_stale_temporaries()
+        self._keep_replaced()
+        journal = self._open_journal(journal_directory, history)
+        manifest = msgspec.structs.replace(
+            self._manifest,
+            files={
+                name: entry
+                for name, entry in self._manifest.files.items()
+                if name not in self._replaced and name not in self._unlisted
+            },
+        )
+        flusher = Flusher(self._directory, journal, manifest, self._clock, self._log)
+        engine = Engine(
+            self._settings,
+            self._state,
+            journal,
+            flusher,
+            lock,
+            self._clock,
+            self._log,
+            degraded=self._damages,
+            reserved_names=self._ignored,
+        )
+        self._log.info(
+            "state.loaded",
+            sessions=self._state.sessions.count,
+            orders=self._state.orders.count,
+            users=self._state.users.count,
+            dropped_stale=dropped,
+            skipped_invalid=self._counts.skipped_invalid,
+            merged=self._counts.merged,
+            replayed=replayed,
+            duration_ms=round((self._clock.monotonic() - self._started) * 1000, 1),
+        )
+        if self._damages:
+            # So that the next start finds whole files, and a journal without holes.
+            try:
+                engine.flush("recovery")
+            except (HoldfastError, OSError):
+                pass  # logged by the flush; the evidence is kept, and the next flush tries again
+        return engine
+
+    # Snapshots.
+
+    def _read_manifests(self) -> None:
+        manifests: dict[str, Manifest | None] = {}
+        for name in (MANIFEST, MANIFEST_NEXT):
+            try:
+                manifests[name] = read_manifest(self._directory, name)
+            except (ValueError, OSError) as error:
+                manifests[name] = None
+                if name == MANIFEST:
+                    self._note_damage(name, f"{name}: {error}", "the files themselves")
+        found, following = manifests[MANIFEST], manifests[MANIFEST_NEXT]
+        self._manifest = found or following or Manifest()
+        # A flush that was interrupted while its files moved into place: each file is the old or the new one, and
+        # replay from the old seq is right over both.
+        self._alternative = following if found is not None else None
+
+    def _load_snapshots(self) -> None:
+        names = {file_of(name): name for name in BUILT_IN}
+        for file in self._directory.names():
+            stem = file.removesuffix(".json")
+            if file.endswith(".json") and not file.startswith((".", "_")) and file not in {*names, *_NOT_COLLECTIONS}:
+                if is_custom_name(stem):
+                    names[file] = stem
+                else:
+                    self._ignore(file, stem, "its name is no collection's name")
+        for file in self._manifest.files:
+            if file not in names and file not in _NOT_COLLECTIONS and is_custom_name(file.removesuffix(".json")):
+                names[file] = file.removesuffix(".json")
+        for file, name in names.items():
+            self._check_cancelled()
+            self._load_collection(file, name)
+        self._load_sales()
+
+    def _load_collection(self, file: str, name: str) -> None:
+        entries = [
+            entry
+            for manifest in (self._manifest, self._alternative)
+            if manifest is not None and (entry := manifest.files.get(file)) is not None
+        ]
+        if self._directory.stat(file) is None:
+            if entries and entries[0].records:
+                self._lose(file, f"{file} is missing; it held {entries[0].records} records", 0)
+            return
+        for entry in entries:
+            collection = Collection(name)
+            try:
+                load_trusted(
+                    self._directory, file, entry, self._state, collection, self._rules, self._note_progress(file, entry)
+                )
+            except ChecksumMismatchError:
+                continue
+            except OSError:
+                break
+            self._adopt(collection, entry.seq)
+            if entry is not entries[0]:
+                # Known to the interrupted flush's manifest only; the next flush writes it under its own.
+                self._unlisted.add(file)
+            return
+        self._load_changed(file, name, is_ours=bool(entries) or name in BUILT_IN, known=entries[0] if entries else None)
+
+    def _load_changed(self, file: str, name: str, *, is_ours: bool, known: FileEntry | None) -> None:
+        """Load a file that is not as we left it: an old bot's, one edited by hand, or a damaged one."""
+        try:
+            found = salvage(self._directory.read(file))
+        except OSError as error:
+            if not is_ours:
+                self._ignore(file, name, f"it cannot be read: {error.strerror}")
+                return
+            self._set_aside(file)
+            self._lose(file, f"{file} cannot be read: {error.strerror}", 0)
+            return
+        if not is_ours and not found.is_whole:
+            self._ignore(file, name, found.reason)
+            return
+        collection = Collection(name)
+        counts = load_foreign(
+            found.records, self._state, collection, self._rules, self._now_ms, bump_versions=known is not None
+        )
+        if not is_ours and found.records and not counts.loaded:
+            self._ignore(file, name, "none of its records has an id")
+            return
+        self._counts.skipped_invalid += counts.skipped_invalid
+        self._counts.merged += counts.merged
+        self._adopt(collection, 0)
+        self._replaced.add(file)
+        if not found.is_whole:
+            self._quarantine_copy(self._directory, file, found.reason)
+            self._lose(file, f"{file} was damaged ({found.reason}): {counts.loaded} whole records saved", counts.loaded)
+        elif known is not None:
+            is_same_time = (status := self._directory.stat(file)) and status.st_mtime_ns == known.mtime_ns
+            if is_same_time:
+                # Nobody wrote it, yet it changed: the disk did.
+                self._quarantine_copy(self._directory, file, "content changed without being written")
+                self._lose(file, f"{file} changed on the disk without being written", counts.loaded)
+            else:
+                self._log.warning("snapshot.edited", file=file, records=counts.loaded)
+
+    def _load_sales(self) -> None:
+        if self._directory.stat(SALES_FILE) is None:
+            if SALES_FILE in self._manifest.files:
+                self._lose(SALES_FILE, f"{SALES_FILE} is missing", 0)
+            return
+        try:
+            raw = self._directory.read(SALES_FILE)
+        except OSError as error:
+            self._set_aside(SALES_FILE)
+            self._lose(SALES_FILE, f"{SALES_FILE} cannot be read: {error.strerror}", 0)
+            return
+        try:
+            sales = decode_sales(raw.removeprefix(b"\xef\xbb\xbf"))
+        except (ValueError, msgspec.DecodeError) as error:
+            self._quarantine_copy(self._directory, SALES_FILE, str(error))
+            self._lose(SALES_FILE, f"{SALES_FILE} was damaged: {error}", 0)
+            self._replaced.add(SALES_FILE)
+            return
+        oldest = oldest_day(self._now_ms, self._rules.zone, self._rules.keep_days)
+        kept = sales.replaced(None, None, oldest)
+        if len(kept.days) != len(sales.days):
+            self._replaced.add(SALES_FILE)
+        self._state.set_sales(kept, 0, undoable=False)
+
+    def _adopt(self, collection: Collection, seq: int) -> None:
+        collection.changed_seq = seq
+        self._state.collection(collection.name).take_over(collection)
+
+    # Journal.
+
+    def _read_history(self, journal_directory: Directory) -> History:
+        self._progress("reading the journal")
+        after = self._manifest.snapshot_seq
+        history = read_history(journal_directory, after, distrust_cache=True)
+        if not history.segments and after:
+            self._damages.append(f"the journal is missing; changes after event {after} are lost if there were any")
+            self._log.error("journal.damaged", segment="journal/", offset=0, bytes=0, reason="no segment found")
+        if MANIFEST not in self._manifest_names() and history.lines and history.lines[0].seq > 1:
+            # Without a manifest nobody knows what the files hold; only holes inside the journal can be told.
+            history = history._replace(gaps=history.gaps[1:])
+        for damage in history.damages:
+            self._note_journal_damage(journal_directory, damage)
+        for first, last in history.gaps:
+            self._damages.append(f"events {first} to {last} are missing from the journal")
+            self._log.error(
+                "journal.damaged", segment="", offset=0, bytes=0, reason=f"events {first} to {last} missing"
+            )
+        return history
+
+    def _manifest_names(self) -> set[str]:
+        return {MANIFEST} if self._manifest.snapshot_seq or self._manifest.files else set()
+
+    def _replay(self, history: History) -> int:
+        snapshot_seq = self._manifest.snapshot_seq
+        self._state.seq = snapshot_seq
+        text, at_ms = "", 0
+        replayed = 0
+        for seq, payload in history.lines:
+            if seq <= snapshot_seq:
+                continue
+            try:
+                event = decode_event(payload)
+            except (msgspec.DecodeError, ValueError) as error:
+                self._damages.append(f"event {seq} of the journal cannot be read: {error}")
+                continue
+            unknown = [op for op in [event.op, *(member.op for member in event.events or ())] if op not in EVENT_OPS]
+            if unknown:
+                raise DataRefused(
+                    f"event {seq} of the journal is a {unknown[0]!r:.80}, which this Holdfast does not know; "
+                    "install the version that wrote it. Nothing was touched"
+                )
+            if event.at != text:
+                text, at_ms = event.at, parse_ms(event.at)
+            apply(self._state, event, at_ms, undoable=False)
+            replayed += 1
+            if replayed % 20_000 == 0:
+                self._check_cancelled()
+                self._progress(f"replayed {replayed} of {len(history.lines)} events")
+        self._clock.not_before(at_ms)
+        return replayed
+
+    def _open_journal(self, directory: Directory, history: History) -> Journal:
+        if history.torn is not None:
+            directory.truncate(history.torn.segment, history.torn.offset)
+            self._log.warning("journal.tail_dropped", bytes=history.torn.bytes, segment=history.torn.segment)
+        newest = max(history.segments, default=0)
+        next_seq = max(history.last_seq, self._manifest.snapshot_seq, newest - 1) + 1
+        self._state.seq = next_seq - 1
+        segments = dict(history.segments)
+        if history.torn is not None:
+            segments[newest] = history.torn.offset
+        if segments.get(next_seq):
+            # It holds nothing that could be read, and its evidence is kept.
+            directory.truncate(segment_name(next_seq), 0)
+            segments[next_seq] = 0
+        is_sound = not history.damages and not history.gaps
+        new_segment = not is_sound and next_seq not in segments
+        directory.sync()
+        return Journal(directory, segments, next_seq, new_segment=new_segment)
+
+    # Ageing.
+
+    def _drop_stale(self) -> int:
+        """Remove the sessions that became too old while nobody was there to expire them."""
+        self._progress("dropping sessions that are too old")
+        state, dropped = self._state, 0
+        while ids := state.session_wheel.take_due(self._now_ms, 50_000):
+            expired, later = decide_expiry(state, ids, self._rules, self._now_ms)
+            for id in expired:
+                state.sessions.set(id, None, state.sessions.changed_seq, undoable=False)
+            for id, due in later:
+                state.session_wheel.schedule(id, due)
+            dropped += len(expired)
+        if dropped:
+            self._replaced.add(file_of(SESSIONS))
+        return dropped
+
+    # Evidence.
+
+    def _keep_replaced(self) -> None:
+        """Keep the files as they were before anything of them is dropped, skipped or merged."""
+        names = sorted(name for name in self._replaced if self._directory.stat(name) is not None)
+        if not names:
+            return
+        with self._directory.subdirectory("backups") as backups:
+            place = f"start-{self._stamp()}"
+            with backups.subdirectory(place) as kept:
+                for name in names:
+                    self._directory.keep_link(name, kept)
+            earlier = [name for name in backups.names() if name.startswith("start-")]
+            for name in earlier[: -self._settings.backups.keep]:
+                backups.remove_tree(name)
+        self._log.info("backup.kept_before_merge", files=len(names), kept_in=f"backups/{place}")
+
+    def _quarantine_copy(self, directory: Directory, name: str, reason: str) -> None:
+        with self._directory.subdirectory("quarantine") as quarantine:
+            directory.keep_copy(name, quarantine, f"{self._stamp()}-{name}")
+            self._report(quarantine, name, reason)
+
+    def _set_aside(self, name: str) -> None:
+        """Move away what stands in the place of a file and cannot be read as one."""
+        with self._directory.subdirectory("quarantine") as quarantine:
+            self._directory.move(name, quarantine, f"{self._stamp()}-{name}")
+            self._report(quarantine, name, "not a readable regular file")
+
+    def _report(self, quarantine: Directory, name: str, reason: str) -> None:
+        report = {"file": name, "reason": reason, "at": format_ms(self._now_ms)}
+        quarantine.write_atomic(f"{self._stamp()}-{name}.report.json", [msgspec.json.encode(report) + b"\n"])
+
+    def _note_journal_damage(self, directory: Directory, damage: Damage) -> None:
+        self._log.error("journal.damaged", **damage._asdict())
+        self._damages.append(f"{damage.segment} is damaged at byte {damage.offset}: {damage.reason}")
+        self._quarantine_copy(directory, damage.segment, f"byte {damage.offset}: {damage.reason}")
+
+    def _note_damage(self, file: str, reason: str, recovered_from: str) -> None:
+        self._damages.append(reason)
+        self._log.error("snapshot.damaged", file=file, recovered_from=recovered_from, reason=reason)
+
+    def _lose(self, file: str, reason: str, saved: int) -> None:
+        self._damages.append(reason)
+        recovered_from = "salvage" if saved else "nothing"
+        self._log.error("snapshot.damaged", file=file, recovered_from=recovered_from, records=saved, reason=reason)
+
+    def _ignore(self, file: str, name: str, reason: str) -> None:
+        self._ignored[name] = reason
+        self._log.info("file.ignored", file=file, reason=reason)
+
+    def _stamp(self) -> str:
+        return format_ms(self._now_ms).replace(":", "")
+
+    def _note_progress(self, file: str, entry: FileEntry) -> Callable[[int], None]:
+        done = 0
+
+        def note(block_bytes: int) -> None:
+            nonlocal done
+            done += block_bytes
+            self._check_cancelled()
+            self._progress(f"loading {file}: {100 * done // max(entry.bytes, 1)} %")
+
+        return note
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise Unavailable("stopped while loading; nothing was written")
