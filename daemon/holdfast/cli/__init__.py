@@ -1,0 +1,1 @@
+"""The command line: a thin front, one module for each group of commands."""

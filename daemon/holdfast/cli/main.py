@@ -1,0 +1,121 @@
+"""The command ``holdfast``: finds the subcommand, turns every error into one line with an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+import click
+
+from holdfast.errors import DataRefused, DirectoryLocked, HoldfastError, SettingsError
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_LOCKED = 3
+EXIT_REFUSED = 4
+EXIT_INTERRUPTED = 130
+
+# Each command by the module that holds it: `holdfast status` must not pay for what only `serve` needs.
+_COMMANDS = {
+    "serve": "serve",
+    "status": "control",
+    "flush": "control",
+    "reload": "control",
+    "journal": "journal",
+    "token": "token",
+}
+
+
+class _Commands(click.Group):
+    """The subcommands, each imported when it is named."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = getattr(import_module(f"holdfast.cli.{_COMMANDS[cmd_name]}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from holdfast import __version__
+
+        click.echo(f"holdfast {__version__}")
+        ctx.exit()
+
+
+@click.command("holdfast", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show the version."
+)
+def commands() -> None:
+    """Keep the sessions, orders and sales figures of chat bots through everything.
+
+    `serve` runs the daemon; the other commands talk to it, or read its data directory.
+    """
+
+
+def main() -> NoReturn:
+    """Run the command line of this process, then exit with a code of the contract's section 4."""
+    try:
+        code = _run()
+        # Here and not at interpreter exit, where a failure could no longer be told.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_stdout()
+        code = EXIT_FAILED
+    except OSError as error:
+        _forget_stdout()
+        code = _told(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", EXIT_FAILED)
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
+        code = commands.main(prog_name="holdfast", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return EXIT_USAGE
+    except click.UsageError as error:
+        help_path = error.ctx.command_path if error.ctx else "holdfast"
+        return _told(f"{error.format_message()} (see {help_path} --help)", EXIT_USAGE)
+    except click.ClickException as error:
+        return _told(error.format_message(), EXIT_FAILED)
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    except HoldfastError as error:
+        return _told(error.detail, exit_code(error))
+    return code if isinstance(code, int) else EXIT_OK
+
+
+def exit_code(error: HoldfastError) -> int:
+    """The exit code that tells *error* to a script."""
+    match error:
+        case SettingsError():
+            return EXIT_USAGE
+        case DirectoryLocked():
+            return EXIT_LOCKED
+        case DataRefused():
+            return EXIT_REFUSED
+        case _:
+            return EXIT_FAILED
+
+
+def _told(reason: str, code: int) -> int:
+    one_line = " ".join(reason.split())
+    print(f"holdfast: {one_line}", file=sys.stderr)
+    return code
+
+
+def _forget_stdout() -> None:
+    # Otherwise the interpreter flushes the rest into the same broken stream at exit, with a traceback.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

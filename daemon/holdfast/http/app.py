@@ -1,0 +1,239 @@
+"""The HTTP service: from the first listening socket to the last answered request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import socket
+import time
+from collections.abc import Callable, Mapping
+from datetime import tzinfo
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+from zoneinfo import ZoneInfo
+
+import structlog
+from aiohttp import web
+
+from holdfast.errors import HoldfastError, Unavailable
+from holdfast.http.auth import TokenStore
+from holdfast.http.connection import Connection
+from holdfast.http.guard import OPEN_PATHS, Guard
+from holdfast.http.listen import BACKLOG, Listener, inherited_listeners, open_listeners
+from holdfast.http.problem import problem
+from holdfast.http.reply import GZIP_BYTES_MIN, Reply, compressed, current_date_line
+from holdfast.http.request import Request
+from holdfast.http.routes import OtherMethod, dispatch
+from holdfast.http.routes.backend import Admin
+from holdfast.http.throttle import Throttle
+from holdfast.settings import Settings
+from holdfast.values import ValueLimits
+
+if TYPE_CHECKING:
+    from holdfast.engine import Engine
+
+SWEEP_S = 0.25
+"""How late a deadline may be noticed, and how soon a changed token file."""
+
+LOG_LINES_MAX = 10
+"""Lines about refused connections in a minute."""
+
+BATCH_KEYS_PER_OP = 16
+"""Keys of an op's own, beside those of its record."""
+
+BATCH_DEPTH = 4
+"""Levels of a batch above the records in it."""
+
+log = structlog.get_logger()
+
+
+class InternalError(HoldfastError):
+    """A fault of ours; the log has the traceback."""
+
+
+class HttpService:
+    """Serves one engine on the addresses of its settings.
+
+    Lives on one event loop, and while the lock of the data directory is held. In order: ``start``, ``attach``,
+    ``stop_accepting``, ``drain``, ``stop``. Before ``attach`` it answers 503, except for the health checks.
+    """
+
+    def __init__(
+        self,
+        engine: Engine | None,
+        settings: Settings,
+        *,
+        readiness: Callable[[], Mapping[str, Any]],
+        admin: Admin,
+        sockets: list[socket.socket] | None = None,
+    ) -> None:
+        """Serve on the inherited *sockets* when there are any, else on ``settings.listen``."""
+        self._engine = engine
+        self.readiness = readiness
+        self.admin = admin
+        self.is_stopping = False
+        self.connections: set[Connection] = set()
+        self.date_line = current_date_line()
+        self._sockets = sockets
+        self._tokens = TokenStore(settings.data_dir)
+        self._guard = Guard(self._tokens)
+        self._listeners: list[Listener] = []
+        self._servers: list[asyncio.AbstractServer] = []
+        self._sweeper: asyncio.Task[None] | None = None
+        self._in_flight = 0
+        self._drained = asyncio.Event()
+        self._refusals = Throttle(LOG_LINES_MAX, 60.0)
+        self.reconfigure(settings)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine.
+
+        Raises:
+            Unavailable: it is still loading.
+        """
+        if self._engine is None:
+            raise Unavailable("starting: the data is being loaded; try again soon")
+        return self._engine
+
+    @property
+    def listening(self) -> list[str]:
+        """Where, as ``unix:PATH`` or ``tcp:HOST:PORT``, with the port the system chose."""
+        return [str(listener) for listener in self._listeners]
+
+    def attach(self, engine: Engine) -> None:
+        """Serve *engine* from now on."""
+        self._engine = engine
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Follow changed settings; the addresses and connections that are open stay."""
+        limits = settings.limits
+        self.settings = settings
+        self.limits = limits
+        self.zone: tzinfo = ZoneInfo(settings.stats.timezone)
+        self.record_limits = ValueLimits(
+            bytes_max=max(limits.record_bytes, settings.sessions.max_bytes),
+            depth_max=limits.depth,
+            keys_max=limits.keys,
+        )
+        self.batch_limits = ValueLimits(
+            bytes_max=limits.body_bytes,
+            depth_max=limits.depth + BATCH_DEPTH,
+            keys_max=limits.batch_ops * BATCH_KEYS_PER_OP + limits.body_bytes // 8,
+        )
+        # Files need descriptors too: a flush must not fail because clients took the last one.
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._connections_max = min(limits.connections, max(1, descriptors // 2))
+
+    async def start(self) -> None:
+        """Make the first token if there is none, then listen.
+
+        Raises:
+            SettingsError: an address cannot be used.
+            DataRefused: a token file is damaged or open to others.
+        """
+        loop = asyncio.get_running_loop()
+        self._tokens.load()
+        if self._sockets:
+            self._listeners = inherited_listeners(self._sockets)
+        else:
+            self._listeners = open_listeners(self.settings.listen, self.settings.data_dir)
+        server = web.Server(_never_called)
+        for listener in self._listeners:
+            factory = partial(Connection, self, server, is_local=listener.is_local)
+            if listener.is_local:
+                self._servers.append(await loop.create_unix_server(factory, sock=listener.sock, backlog=BACKLOG))
+            else:
+                self._guard.add_name(listener.host)
+                self._servers.append(await loop.create_server(factory, sock=listener.sock, backlog=BACKLOG))
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def stop_accepting(self) -> None:
+        """Take no new connections; on those that are open, new requests get 503 and are the last."""
+        self.is_stopping = True
+        for server in self._servers:
+            server.close()
+        for listener in self._listeners:
+            listener.remove_file()
+
+    async def drain(self) -> None:
+        """Wait until no request is in flight; the caller sets the deadline."""
+        while self._in_flight:
+            self._drained.clear()
+            await self._drained.wait()
+
+    async def stop(self) -> None:
+        """Close every connection; a request still in flight is cut off. May be called at any time, and twice."""
+        await self.stop_accepting()
+        for connection in list(self.connections):
+            connection.close_when_idle()
+        await asyncio.gather(*(connection.cut() for connection in list(self.connections)))
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sweeper
+            self._sweeper = None
+
+    # Called by the connections.
+
+    async def respond(self, request: Request) -> Reply:
+        """The reply to *request*, whatever happens."""
+        try:
+            self._guard.check(request)
+            if self.is_stopping and request.segments not in OPEN_PATHS:
+                raise Unavailable("stopping: the daemon takes no more requests; try again soon")
+            reply = await dispatch(self, request)
+        except HoldfastError as error:
+            reply = problem(error, headers=_allow(error))
+        except ConnectionError:
+            reply = problem(Unavailable("the client went away within its request"), is_last=True)
+        except Exception as error:
+            log.error("request.failed", method=request.method, exc_info=error)
+            reply = problem(InternalError(_internal_detail(error)), is_last=True)
+        if len(reply.body) > GZIP_BYTES_MIN:
+            reply = await compressed(reply, request.headers.get("Accept-Encoding", ""))
+        return reply
+
+    def has_room(self) -> bool:
+        """Whether one more connection is taken."""
+        if len(self.connections) < self._connections_max:
+            return True
+        if self._refusals.allows("", time.monotonic()):
+            log.warning("connections.refused", open=len(self.connections), limit=self._connections_max)
+        return False
+
+    def began(self) -> None:
+        """A request is in flight."""
+        self._in_flight += 1
+
+    def ended(self) -> None:
+        """It is answered, or its client gone."""
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._drained.set()
+
+    async def _sweep(self) -> NoReturn:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self.date_line = current_date_line()
+            self._guard.refresh()
+            now = loop.time()
+            for connection in list(self.connections):
+                if connection.deadline < now:
+                    connection.expire()
+
+
+async def _never_called(request: web.BaseRequest) -> web.StreamResponse:
+    raise AssertionError("Connection has a request loop of its own")
+
+
+def _allow(error: HoldfastError) -> str:
+    return f"Allow: {', '.join(error.allowed)}\r\n" if isinstance(error, OtherMethod) else ""
+
+
+def _internal_detail(error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return "no permission on the data directory; give it back to the user that runs the daemon, see the log"
+    return "an error inside Holdfast; the log has it as request.failed"

@@ -1,0 +1,53 @@
+"""What the handlers need of the daemon behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import tzinfo
+from typing import TYPE_CHECKING, Any, Protocol
+
+from holdfast.settings import Settings
+from holdfast.values import ValueLimits
+
+if TYPE_CHECKING:
+    from holdfast.engine import Engine, FlushReport
+
+
+class Admin(Protocol):
+    """What operators may ask over HTTP."""
+
+    async def flush(self) -> FlushReport:
+        """Flush now; returns when everything is on disk."""
+
+    async def reload(self) -> Mapping[str, Any]:
+        """Read the settings again; raises SettingsError when they are invalid, and the old ones stay."""
+
+    def status(self) -> Mapping[str, Any]:
+        """Counts, seqs, sizes, uptime, last flush."""
+
+
+class Backend(Protocol):
+    """The daemon as a handler sees it.
+
+    Attributes:
+        settings: as of the last reload.
+        record_limits: of one record's value.
+        batch_limits: of the body of a batch; each record in it is checked again by the engine.
+        zone: in which times without an offset are read.
+    """
+
+    settings: Settings
+    record_limits: ValueLimits
+    batch_limits: ValueLimits
+    zone: tzinfo
+
+    @property
+    def admin(self) -> Admin:
+        """The operator's side."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; raises Unavailable while it is loading."""
+
+    def readiness(self) -> Mapping[str, Any]:
+        """``state``, and the ``reasons`` when it is degraded."""

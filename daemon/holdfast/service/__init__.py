@@ -1,0 +1,1 @@
+"""The process around the engine: its log, signals, services, start, stop, systemd."""

@@ -1,0 +1,465 @@
+"""The wiring: every part of the daemon is made, connected, started and stopped here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import os
+import shlex
+import signal
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+import structlog
+
+from holdfast import __version__
+from holdfast.engine import Engine
+from holdfast.errors import DataRefused, DirectoryLocked, HoldfastError, SettingsError, Unavailable
+from holdfast.flush import FlushReport
+from holdfast.http.app import HttpService
+from holdfast.recovery import open_engine
+from holdfast.service.logging import Log, secure_standard_descriptors
+from holdfast.service.shutdown import FinalStep, ShutdownManager
+from holdfast.service.supervisor import Interval, Supervisor, reason_of, unexpected
+from holdfast.service.systemd import Notifier, inherited_sockets
+from holdfast.service.threads import in_thread
+from holdfast.service.watch import FileWatch
+from holdfast.settings import LoadedSettings, Settings, changes, reloaded
+
+EXIT_FAILED, EXIT_SETTINGS, EXIT_LOCKED, EXIT_REFUSED = 1, 2, 3, 4
+
+EXPIRE_EVERY_S = 10.0
+SIZE_CHECK_EVERY_S = 1.0
+STATUS_EVERY_S = 10.0
+
+FLUSH_RETRY_S = 30.0
+"""After a flush that failed, the least time to the next one that the size of the journal asks for."""
+
+LOAD_SIGN_S = 5.0
+"""Between two messages to systemd while loading; each asks for LOAD_EXTEND_S."""
+
+LOAD_EXTEND_S = 60.0
+
+LOAD_CANCEL_S = 1.5
+"""What a cancelled start gets to notice; after that the process ends without it, which changes nothing on disk."""
+
+LOG_DRAIN_S = 2.0
+BARRIER_S = 1.0
+
+
+def run(load_settings: Callable[[], LoadedSettings]) -> int:
+    """Serve until told to stop; return the exit code of CONTRACT section 4.
+
+    *load_settings* is called once here, and again in a thread at each reload. To be called in the main
+    thread, once in a process. Signals stay ignored afterwards, so that one that comes late cannot turn a clean
+    stop into a kill. Where a thread is left that would keep the process, this ends it and does not return.
+    """
+    # Until there is a loop to note them, these must not kill.
+    _ignore(signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    secure_standard_descriptors()
+    # systemd's watchdog kills with SIGABRT: the stack of every thread goes to stderr.
+    faulthandler.enable(2)
+    notifier = Notifier()
+    try:
+        loaded = load_settings()
+        sockets = inherited_sockets()
+    except SettingsError as error:
+        # Before there are settings there is no log.
+        with contextlib.suppress(OSError):
+            os.write(2, f"holdfast: {' '.join(str(error).split())}\n".encode("utf-8", "backslashreplace"))
+        return EXIT_SETTINGS
+    log = Log(loaded.settings.log)
+    log.install()
+
+    loop = _new_event_loop()
+    asyncio.set_event_loop(loop)
+    daemon = _Daemon(loaded, load_settings, log, notifier, sockets)
+    try:
+        code = loop.run_until_complete(daemon.main())
+    except Exception as error:
+        code = daemon.failed(error, EXIT_FAILED)
+    finally:
+        _ignore(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    _close(loop)
+    notifier.barrier(BARRIER_S)
+    log.drain(LOG_DRAIN_S, close=True)
+    if any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate()):
+        # Somebody's executor has a job that does not end, and the interpreter would wait for it.
+        os._exit(code)
+    return code
+
+
+class Flusher:
+    """Flushes on behalf of all who ask: one runs, at most one waits, and whoever comes meanwhile shares that one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._running: asyncio.Task[FlushReport] | None = None
+        self._waiting: asyncio.Task[FlushReport] | None = None
+
+    async def flush(self, reason: str) -> FlushReport:
+        """Return once everything that was acknowledged before the call is in the snapshots."""
+        if self._waiting is None:
+            self._waiting = asyncio.create_task(self._flush(reason, self._running))
+        # A caller that gives up takes the flush from nobody else.
+        return await asyncio.shield(self._waiting)
+
+    async def _flush(self, reason: str, before: asyncio.Task[FlushReport] | None) -> FlushReport:
+        if before is not None:
+            await asyncio.wait({before})
+        self._running, self._waiting = self._waiting, None
+        return await in_thread("flush", lambda: self._engine.flush(reason))
+
+
+class _Daemon:
+    """The process between its first log line and its last; also what the HTTP service may ask of it."""
+
+    def __init__(
+        self,
+        loaded: LoadedSettings,
+        load_settings: Callable[[], LoadedSettings],
+        log: Log,
+        notifier: Notifier,
+        sockets: list[socket.socket],
+    ) -> None:
+        self._loaded = loaded
+        self._settings: Settings = loaded.settings
+        self._load_settings = load_settings
+        self._log_output = log
+        self._log = structlog.get_logger()
+        self._notifier = notifier
+        self._sockets = sockets
+        self._started_at = time.monotonic()
+        self._reload_lock = asyncio.Lock()
+        self._background: list[asyncio.Task[None]] = []
+        self._progress = "loading"
+        self._flush_again_at = 0.0
+        self._shutdown = ShutdownManager(
+            timeout_s=self._settings.shutdown_timeout, notifier=notifier, last_resort=self._give_up
+        )
+        self._engine: Engine | None = None
+        self._http: HttpService | None = None
+        self._flush_interval: Interval | None = None
+
+    async def main(self) -> int:
+        """Load, serve, stop; the exit code."""
+        noted = self._note_signals()
+        self._log.info("daemon.started", version=__version__, pid=os.getpid(), data_dir=str(self._settings.data_dir))
+        try:
+            engine = await self._load()
+        except HoldfastError as error:
+            return self.failed(error, _exit_code(error))
+        except Exception as error:
+            return self.failed(error, EXIT_FAILED)
+        if engine is None:
+            return 0 if await self._shutdown.stop() else EXIT_FAILED
+        engine.on_broken = self._journal_broke
+        self._engine = engine
+        # The final flush, then the journal closed and the lock released, whatever the flush said.
+        self._shutdown.final_steps.append(FinalStep("engine", engine.close))
+        self._flusher = Flusher(engine)
+        http = HttpService(engine, self._settings, readiness=self.readiness, admin=self, sockets=self._sockets or None)
+        self._flush_interval = Interval("flush", self._settings.flush_every, self._flush_regularly)
+        supervisor = Supervisor()
+        # Started from first to last, stopped from last to first.
+        supervisor.add(self._flush_interval)
+        supervisor.add(Interval("size check", SIZE_CHECK_EVERY_S, self._flush_when_large))
+        supervisor.add(Interval("expire", EXPIRE_EVERY_S, engine.expire))
+        supervisor.add(Interval("status", STATUS_EVERY_S, self._tell_status))
+        supervisor.add(FileWatch(self._loaded.watch, self._reload_when_changed))
+        supervisor.add(_Http(http))
+        try:
+            await supervisor.start()
+        except Exception as error:
+            await in_thread("close", lambda: engine.close(flush=False))
+            return self.failed(error, EXIT_REFUSED if isinstance(error, DataRefused) else EXIT_FAILED)
+        self._http = http
+        self._serve_signals(noted)
+        self._ready()
+
+        await self._shutdown.requested()
+        clean = await self._shutdown.stop(
+            stop_accepting=http.stop_accepting,
+            finish_requests=http.drain,
+            services=supervisor.running,
+        )
+        if clean:
+            return 0
+        self._log.error("daemon.failed", reason=f"the stop was not clean: {self._shutdown.failure}", exit_code=1)
+        return EXIT_FAILED
+
+    # Start.
+
+    async def _load(self) -> Engine | None:
+        """The engine; None when a stop was requested before it was there."""
+        cancelled = threading.Event()
+
+        def load() -> Engine:
+            return open_engine(
+                self._settings, cancelled=cancelled, progress=self._note_progress, log=structlog.get_logger()
+            )
+
+        loading = asyncio.create_task(in_thread("loading", load))
+        requested = asyncio.create_task(self._shutdown.requested())
+        while not loading.done() and not requested.done():
+            self._notifier.extend_timeout(LOAD_EXTEND_S)
+            self._notifier.status(self._progress)
+            await asyncio.wait({loading, requested}, timeout=LOAD_SIGN_S, return_when=asyncio.FIRST_COMPLETED)
+        requested.cancel()
+        if not self._shutdown.is_requested:
+            return await loading
+        cancelled.set()
+        await asyncio.wait({loading}, timeout=LOAD_CANCEL_S)
+        if loading.done():
+            try:
+                engine = await loading
+            except Unavailable:
+                return None
+            await in_thread("close", lambda: engine.close(flush=False))
+        # A loader that has not noticed yet ends with the process; it writes nothing before it is done.
+        return None
+
+    def _note_progress(self, progress: str) -> None:
+        self._progress = progress
+        self._notifier.status(progress)
+
+    def _ready(self) -> None:
+        assert self._http is not None
+        self._shutdown.running()
+        duration_ms = round((time.monotonic() - self._started_at) * 1000, 1)
+        self._log.info("daemon.ready", listen=self._http.listening, duration_ms=duration_ms)
+        self._notifier.ready(self._status_line())
+        if self._notifier.watchdog_s is not None:
+            self._background.append(asyncio.create_task(self._give_signs_of_life(self._notifier.watchdog_s)))
+        if self._log_output.is_terminal:
+            self._log_output.show(_banner(self._settings, self._http.listening))
+
+    # Signals.
+
+    def _note_signals(self) -> dict[int, asyncio.Event]:
+        """From now on signals are noted; the events say which of those that may wait have come."""
+        loop = asyncio.get_running_loop()
+        noted: dict[int, asyncio.Event] = {
+            one: asyncio.Event() for one in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+        }
+
+        # signal.signal and not loop.add_signal_handler, which leaves the default, deadly, action behind when
+        # the loop closes.
+        def note(number: int, _frame: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                if number in noted:
+                    loop.call_soon_threadsafe(noted[number].set)
+                else:
+                    self._shutdown.note()
+                    loop.call_soon_threadsafe(self._shutdown.request, signal.Signals(number).name)
+
+        for number in (signal.SIGTERM, signal.SIGINT, *noted):
+            signal.signal(number, note)
+        return noted
+
+    def _serve_signals(self, noted: dict[int, asyncio.Event]) -> None:
+        actions: dict[int, Callable[[], Awaitable[object]]] = {
+            signal.SIGUSR1: lambda: self._try_to_flush("signal"),
+            signal.SIGUSR2: self._report,
+            signal.SIGHUP: self.reload,
+        }
+        for number, action in actions.items():
+            self._background.append(asyncio.create_task(_act_when_noted(noted[number], action)))
+
+    async def _report(self) -> None:
+        self._log.info("status.report", **await in_thread("status", self.status))
+
+    # Regular work.
+
+    async def _flush_regularly(self) -> None:
+        await self._try_to_flush("interval")
+
+    async def _flush_when_large(self) -> None:
+        assert self._engine is not None
+        if self._engine.flush_wanted() and time.monotonic() >= self._flush_again_at:
+            await self._try_to_flush("size")
+
+    async def _try_to_flush(self, reason: str) -> None:
+        try:
+            await self.flush(reason)
+        except (HoldfastError, OSError):
+            # The engine has told it as flush.failed; on a full disk there is no point in trying every second.
+            self._flush_again_at = time.monotonic() + FLUSH_RETRY_S
+
+    async def _tell_status(self) -> None:
+        self._notifier.status(self._status_line())
+
+    async def _give_signs_of_life(self, watchdog_s: float) -> None:
+        """From the event loop, so that a blocked loop is noticed; only while the journal moves, so that this is, too."""
+        assert self._engine is not None
+        while True:
+            if time.monotonic() - self._engine.journal_progress() < watchdog_s:
+                self._notifier.watchdog()
+            await asyncio.sleep(watchdog_s / 2)
+
+    def _status_line(self) -> str:
+        assert self._engine is not None
+        degraded = self._engine.degraded
+        if degraded:
+            return f"degraded: {'; '.join(degraded)}"
+        return f"serving {self._engine.count('sessions')} sessions, {self._engine.count('orders')} pending orders"
+
+    # What HTTP may ask.
+
+    def readiness(self) -> dict[str, Any]:
+        """The state of the process, and what is wrong with its data."""
+        return {"state": str(self._shutdown.state), "reasons": list(self._engine.degraded) if self._engine else []}
+
+    async def flush(self, reason: str = "api") -> FlushReport:
+        """Flush now, or share the flush that others wait for."""
+        return await self._flusher.flush(reason)
+
+    async def reload(self) -> dict[str, list[str]]:
+        """Read the settings again; apply what can change while running.
+
+        Returns the names that changed under ``changed``, those that wait for a restart under ``needs_restart``.
+
+        Raises:
+            SettingsError: the new settings are invalid; nothing was changed.
+        """
+        return await self._reload(tell_always=True)
+
+    def status(self) -> dict[str, Any]:
+        """Everything an operator asks first. May be called from any thread."""
+        assert self._engine is not None
+        return self._engine.status() | {
+            "state": str(self._shutdown.state),
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self._started_at, 1),
+            "listen": self._http.listening if self._http else [],
+        }
+
+    async def _reload_when_changed(self) -> None:
+        with contextlib.suppress(SettingsError):  # told in the log
+            await self._reload(tell_always=False)
+
+    async def _reload(self, *, tell_always: bool) -> dict[str, list[str]]:
+        async with self._reload_lock:
+            self._notifier.reloading()
+            try:
+                loaded = await in_thread("reload", self._load_settings)
+            except Exception as error:
+                refusal = error if isinstance(error, SettingsError) else SettingsError(reason_of(error))
+                self._log.error("config.rejected", reason=str(refusal), exc_info=unexpected(error))
+                raise refusal from error
+            else:
+                changed, needs_restart = changes(self._settings, loaded.settings)
+                self._apply(reloaded(self._settings, loaded.settings))
+                if changed or needs_restart or tell_always:
+                    self._log.info("config.reloaded", changed=changed, needs_restart=needs_restart)
+                return {"changed": changed, "needs_restart": needs_restart}
+            finally:
+                self._notifier.ready(self._status_line())
+
+    def _apply(self, settings: Settings) -> None:
+        assert self._engine is not None and self._http is not None and self._flush_interval is not None
+        self._settings = settings
+        self._log_output.change(settings.log)
+        self._engine.reconfigure(settings)
+        self._http.reconfigure(settings)
+        self._flush_interval.every_s = settings.flush_every
+        self._shutdown.timeout_s = settings.shutdown_timeout
+
+    # Ends that are not graceful.
+
+    def failed(self, error: Exception, code: int) -> int:
+        """Log *error* as the reason for the exit *code*; return that."""
+        reason = str(error) if code != EXIT_FAILED else reason_of(error)
+        self._log.error("daemon.failed", reason=reason, exit_code=code, exc_info=unexpected(error))
+        return code
+
+    def _journal_broke(self, error: HoldfastError) -> None:
+        """Called from the writer thread: nothing may be acknowledged, flushed or synced any more."""
+        self._end_at_once(str(error))
+
+    def _give_up(self) -> NoReturn:
+        self._end_at_once("the stop took longer than shutdown_timeout; the next start replays the journal")
+
+    def _end_at_once(self, reason: str) -> NoReturn:
+        self._log.error("daemon.failed", reason=reason, exit_code=EXIT_FAILED)
+        self._log_output.drain(LOG_DRAIN_S, close=True)
+        os._exit(EXIT_FAILED)
+
+
+class _Http:
+    """The HTTP service, as the supervisor sees it: last started, first stopped."""
+
+    name = "http"
+    stop_deadline_s = 5.0
+
+    def __init__(self, http: HttpService) -> None:
+        self.start = http.start
+        self.stop = http.stop
+
+
+async def _act_when_noted(noted: asyncio.Event, action: Callable[[], Awaitable[object]]) -> None:
+    """Do *action* after each signal; those that come while it runs are one more."""
+    log = structlog.get_logger()
+    while True:
+        await noted.wait()
+        noted.clear()
+        try:
+            await action()
+        except SettingsError:
+            continue  # told in the log
+        except Exception as error:
+            log.error("signal.failed", reason=reason_of(error), exc_info=unexpected(error))
+
+
+def _exit_code(error: HoldfastError) -> int:
+    match error:
+        case SettingsError():
+            return EXIT_SETTINGS
+        case DirectoryLocked():
+            return EXIT_LOCKED
+        case DataRefused():
+            return EXIT_REFUSED
+        case _:
+            return EXIT_FAILED
+
+
+def _ignore(*numbers: int) -> None:
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # it does not install everywhere, and nothing but speed depends on it
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def _close(loop: asyncio.AbstractEventLoop) -> None:
+    """Close *loop* without waiting for what does not end."""
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks, timeout=0.5))
+    loop.close()
+
+
+def _banner(settings: Settings, listening: list[str]) -> str:
+    """What a person who starts the daemon by hand wants to know."""
+    token = settings.data_dir / "token"
+    lines = ["", f"Holdfast {__version__} keeps {settings.data_dir}", f"The token for TCP is in {token}", ""]
+    for address in listening:
+        scheme, _, rest = address.partition(":")
+        if scheme == "unix":
+            lines.append(f"  curl --unix-socket {shlex.quote(rest)} http://localhost/v1/sessions")
+        else:
+            header = f'-H "Authorization: Bearer $(cat {shlex.quote(str(token))})"'
+            lines.append(f"  curl {header} http://{rest}/v1/sessions")
+    return "\n".join([*lines, "", "Ctrl-C stops it.", ""])

@@ -1,0 +1,129 @@
+"""The catalogue of log events: what may be logged, with which fields."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Event(NamedTuple):
+    """One line of the catalogue.
+
+    Attributes:
+        meaning: what happened, for an operator.
+        fields: what may stand in the log in full; every other field is redacted.
+    """
+
+    meaning: str
+    fields: tuple[str, ...] = ()
+
+
+EVENTS: dict[str, Event] = {
+    # The process.
+    "daemon.started": Event("the process runs and begins to load", ("version", "pid", "data_dir")),
+    "daemon.ready": Event("it listens; from here on it serves", ("listen", "duration_ms")),
+    "daemon.failed": Event("it ends with a non-zero exit code, for this reason", ("reason", "exit_code", "exception")),
+    "status.report": Event(
+        "the answer to SIGUSR2",
+        (
+            "state",
+            "version",
+            "pid",
+            "uptime_s",
+            "listen",
+            "data_dir",
+            "sessions",
+            "pending_orders",
+            "completed_orders",
+            "users",
+            "collections",
+            "leases",
+            "idempotency_keys",
+            "seq",
+            "durable_seq",
+            "snapshot_seq",
+            "journal_bytes",
+            "journal_segments",
+            "snapshot_bytes",
+            "durability",
+            "last_flush",
+            "degraded",
+        ),
+    ),
+    "config.reloaded": Event("settings were read again and applied", ("changed", "needs_restart")),
+    "config.rejected": Event("new settings are invalid; the old ones stay", ("reason",)),
+    "config.watch_degraded": Event(
+        "the system refused to watch the settings file; it is polled instead", ("reason", "poll_s")
+    ),
+    "signal.failed": Event("what a signal asked for could not be done", ("reason", "exception")),
+    "thread.failed": Event("a thread of ours ended by an exception", ("thread", "exception")),
+    # The data.
+    "state.loaded": Event(
+        "the data is in memory, with what was left out",
+        ("sessions", "orders", "users", "dropped_stale", "skipped_invalid", "merged", "replayed", "duration_ms"),
+    ),
+    "sessions.expired": Event("so many sessions were idle for longer than their ttl", ("count",)),
+    "flush.completed": Event(
+        "the snapshots hold everything up to snapshot_seq", ("reason", "duration_ms", "bytes", "files", "snapshot_seq")
+    ),
+    "flush.failed": Event("the snapshots are as before; the journal has everything", ("reason", "error")),
+    "journal.tail_dropped": Event(
+        "an unfinished last write was cut off; it was never acknowledged", ("bytes", "segment")
+    ),
+    "journal.damaged": Event(
+        "events that were acknowledged are damaged or missing; the segment is in quarantine/",
+        ("segment", "offset", "bytes", "reason"),
+    ),
+    "snapshot.damaged": Event("a snapshot file was damaged", ("file", "recovered_from", "records", "reason")),
+    "snapshot.edited": Event(
+        "a snapshot file was changed while we were stopped; it counts as it is", ("file", "records")
+    ),
+    "file.ignored": Event("a file that is not ours is left alone", ("file", "reason")),
+    "backup.kept_before_merge": Event(
+        "the files as found were kept before records were left out", ("files", "kept_in")
+    ),
+    "snapshot.edit_kept": Event(
+        "somebody changed a snapshot file while we ran; a copy was kept before it was replaced", ("file", "kept_in")
+    ),
+    "journal.sync_slow": Event("the disk took long to sync; told at most every 30 s", ("duration_ms",)),
+    "journal.disk_filled": Event("the disk is full: writes are refused, reads go on", ("action",)),
+    "journal.writes_resumed": Event("there is room again, writes are taken again"),
+    "journal.failed": Event("a fault of ours in the journal thread; the process ends", ("exception",)),
+    "clock.jumped": Event("the wall clock ran ahead of the monotonic one; expiry does not believe it", ("ahead_ms",)),
+    # Requests.
+    "request.failed": Event("a fault of ours; the client got 500", ("method", "exception")),
+    "request.refused": Event("a request without a good token, or by a forbidden way", ("code", "peer", "reason")),
+    "connections.refused": Event("more connections than limits.connections", ("open", "limit")),
+    "tokens.reload_failed": Event("a token file cannot be used; the tokens stay as they were", ("reason",)),
+    # Services.
+    "service.started": Event("a service runs", ("service", "duration_ms")),
+    "service.start_failed": Event(
+        "a service did not start; those before it are stopped", ("service", "reason", "exception")
+    ),
+    "service.stopped": Event("a service stopped within its deadline", ("service", "duration_ms")),
+    "service.stop_failed": Event(
+        "a service raised while it stopped; the stop goes on", ("service", "reason", "exception")
+    ),
+    "service.stop_timed_out": Event("a service did not stop in time; the stop goes on", ("service", "deadline_s")),
+    "interval.failed": Event(
+        "regular work raised; it is tried again later", ("interval", "reason", "retry_s", "exception")
+    ),
+    # The stop.
+    "shutdown.started": Event("a graceful stop begins", ("signal",)),
+    "shutdown.hurried": Event("a second signal: nothing but the final flush is waited for", ("signal",)),
+    "shutdown.step_failed": Event("a final step raised; the next ones follow", ("step", "reason", "exception")),
+    "shutdown.completed": Event("the stop is over; clean means all is on disk", ("duration_ms", "clean")),
+    # The log itself.
+    "log.lines_dropped": Event("the reader of stdout was too slow or gone; so many lines are missing here", ("count",)),
+    "log.line_failed": Event("a line could not be rendered", ("reason",)),
+    "library.logged": Event("a library has something to say", ("logger", "message", "exception")),
+}
+"""The single source: a test compares it with every call in the code and with the README."""
+
+
+def events_table() -> str:
+    """The table of events as it stands in the README, without a final newline."""
+    rows = ["| event | meaning | fields |", "| --- | --- | --- |"]
+    for name, event in sorted(EVENTS.items()):
+        fields = ", ".join(f"`{field}`" for field in event.fields)
+        rows.append(f"| `{name}` | {event.meaning} | {fields} |")
+    return "\n".join(rows)

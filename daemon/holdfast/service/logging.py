@@ -1,0 +1,387 @@
+"""The log of the daemon, which nothing that is logged and nobody who reads it can break.
+
+structlog events and the library loggers go through one function, ``render``, into one bounded queue; one thread
+writes them. What is not on the allow-list of ``events.EVENTS`` leaves redacted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import queue
+import re
+import select
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any, NoReturn
+
+import orjson
+import structlog
+
+from holdfast.clock import format_ms
+from holdfast.errors import HoldfastError
+from holdfast.service.events import EVENTS, Event, events_table
+from holdfast.settings import LogSettings
+
+__all__ = ["EVENTS", "Event", "LineWriter", "Log", "events_table", "redacted", "secure_standard_descriptors"]
+
+LINES_MAX = 10_000
+"""Lines that wait for a slow reader before further ones are dropped."""
+
+LINE_BYTES_MAX = 48 * 1024
+"""journald cuts longer lines in two, and half a JSON object is none."""
+
+TEXT_CHARS_SHORT = 1_000
+"""What remains of each text in a line that was too long."""
+
+WRITE_BYTES = 64 * 1024
+DEPTH_MAX = 5
+ITEMS_MAX = 200
+CAUSES_MAX = 5
+
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50, "exception": 40}
+
+FREE_TEXT = frozenset({"reason", "error", "message", "exception"})
+"""Allowed fields whose text was put together elsewhere: phones and tokens inside are masked."""
+
+# A seq and a size are numbers, too; they are named as such in our texts. The file names of journal segments have 20 digits.
+_PHONE = re.compile(r"\+\d[\d ().-]{6,20}\d|(?<!\d)(?<!seq )\d{8,15}(?!\d)(?! bytes)")
+_TOKEN = re.compile(r"hf_[\w-]{8,}")
+
+
+class LineWriter:
+    """Writes lines to a descriptor from a thread of its own.
+
+    ``put`` never blocks and never raises, whatever the reader does: lines beyond LINES_MAX are dropped, counted, and
+    reported by *report_dropped* as soon as a write succeeds again. The thread is a daemon: a reader
+    that never comes back does not keep the process.
+    """
+
+    def __init__(self, fd: int, report_dropped: Callable[[int], bytes]) -> None:
+        self._fd = fd
+        self._report_dropped = report_dropped
+        # SimpleQueue, because its put may be interrupted by a signal or a finaliser that logs in turn.
+        self._queue: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
+        self._dropped = 0
+        self._drop_lock = threading.RLock()
+        self._is_closed = False
+        threading.Thread(target=self._run, name="log", daemon=True).start()
+
+    def put(self, line: bytes) -> None:
+        """Queue *line*, newline included."""
+        if self._is_closed:
+            return
+        if self._queue.qsize() >= LINES_MAX:
+            self._drop(1)
+        else:
+            self._queue.put(line)
+
+    def drain(self, deadline_s: float, *, close: bool = False) -> bool:
+        """Wait until all lines put so far are written, at most *deadline_s*; whether they are.
+
+        With *close* nothing put later is written, so that the last line stays the last.
+        """
+        self._is_closed = self._is_closed or close
+        reached = threading.Event()
+        self._queue.put(reached)
+        return reached.wait(deadline_s)
+
+    def _drop(self, count: int) -> None:
+        with self._drop_lock:
+            self._dropped += count
+
+    def _run(self) -> NoReturn:
+        while True:
+            lines, reached = self._next()
+            if lines:
+                self._write(lines)
+            if reached is not None:
+                reached.set()
+
+    def _next(self) -> tuple[list[bytes], threading.Event | None]:
+        """What can be written at once: lines up to WRITE_BYTES or up to a drain."""
+        lines: list[bytes] = []
+        size = 0
+        waiting = self._queue.get()
+        while isinstance(waiting, bytes):
+            lines.append(waiting)
+            size += len(waiting)
+            if size >= WRITE_BYTES:
+                return lines, None
+            try:
+                waiting = self._queue.get_nowait()
+            except queue.Empty:
+                return lines, None
+        return lines, waiting
+
+    def _write(self, lines: list[bytes]) -> None:
+        if not self._write_all(b"".join(lines)):
+            self._drop(len(lines))
+            return
+        with self._drop_lock:
+            dropped, self._dropped = self._dropped, 0
+        if dropped and not self._write_all(self._report_dropped(dropped)):
+            self._drop(dropped)
+
+    def _write_all(self, chunk: bytes) -> bool:
+        rest = memoryview(chunk)
+        while rest:
+            try:
+                rest = rest[os.write(self._fd, rest) :]
+            except BlockingIOError:
+                # Somebody who shares the descriptor made it non-blocking.
+                select.select([], [self._fd], [])
+            except OSError:
+                return False
+        return True
+
+
+class Log:
+    """The log of this process from ``install`` to ``drain``.
+
+    Level and redaction may change while it is in use; the form may not.
+    """
+
+    def __init__(self, settings: LogSettings, *, fd: int = 1) -> None:
+        self.is_terminal = os.isatty(fd)
+        self._console: structlog.dev.ConsoleRenderer | None = None
+        if settings.format == "console" or (settings.format == "auto" and self.is_terminal):
+            self._console = structlog.dev.ConsoleRenderer(colors=self.is_terminal)
+        self._settings = settings
+        self._level = LEVELS[settings.level]
+        self._writer = LineWriter(
+            fd, lambda count: self.render("warning", {"event": "log.lines_dropped", "count": count})
+        )
+
+    def install(self) -> None:
+        """Become the log of structlog, of the library loggers, and of threads that end by an exception."""
+        structlog.configure(
+            processors=[self._process],
+            wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
+            logger_factory=structlog.ReturnLoggerFactory(),
+            cache_logger_on_first_use=False,
+        )
+        root = logging.getLogger()
+        root.handlers[:] = [_LibraryHandler(self)]
+        # What libraries say below warning is about themselves.
+        root.setLevel(logging.WARNING)
+        logging.captureWarnings(True)
+        threading.excepthook = self._thread_failed
+
+    def change(self, settings: LogSettings) -> None:
+        """Apply the level and redaction of *settings* from the next line on."""
+        self._settings = settings
+        self._level = LEVELS[settings.level]
+
+    def emit(self, level: str, event: Mapping[str, Any]) -> None:
+        """Queue one event at *level*; for those who do not come through structlog."""
+        if LEVELS.get(level, LEVELS["info"]) >= self._level:
+            self._writer.put(self.render(level, event))
+
+    def show(self, text: str) -> None:
+        """Write *text* as it is, in order with the events; for a person at a terminal."""
+        self._writer.put(text.encode("utf-8", "backslashreplace") + b"\n")
+
+    def drain(self, deadline_s: float, *, close: bool = False) -> bool:
+        """Wait until everything logged so far is written, at most *deadline_s*; with *close* nothing more is."""
+        return self._writer.drain(deadline_s, close=close)
+
+    def render(self, level: str, event: Mapping[str, Any]) -> bytes:
+        """One line, newline included, at most LINE_BYTES_MAX long. Never raises."""
+        try:
+            return self._rendered(level, event)
+        except Exception as error:
+            reason = f"{type(error).__name__} while rendering {str(event.get('event'))[:100]!a}"
+            return orjson.dumps({"level": "error", "event": "log.line_failed", "reason": reason}) + b"\n"
+
+    def _process(self, _logger: object, method: str, event: MutableMapping[str, Any]) -> NoReturn:
+        self.emit("error" if method == "exception" else method, event)
+        # The line is queued: nothing is left for structlog to write.
+        raise structlog.DropEvent
+
+    def _rendered(self, level: str, event: Mapping[str, Any]) -> bytes:
+        fields = dict(event)
+        name = plain(fields.pop("event", ""))
+        error = _exception_of(fields.pop("exc_info", None))
+        if error is not None:
+            fields["exception"] = describe_exception(error, redact=self._settings.redact)
+        if self._settings.redact:
+            allowed = EVENTS[name].fields if name in EVENTS else ()
+            fields = {key: redacted(key, value, allowed) for key, value in fields.items()}
+        line = {"timestamp": format_ms(time.time_ns() // 1_000_000), "level": level, "event": name}
+        line |= {key: plain(value) for key, value in fields.items() if key not in line}
+        encoded = self._encoded(line)
+        if len(encoded) > LINE_BYTES_MAX:
+            encoded = self._encoded({key: _shortened(value) for key, value in line.items()} | {"shortened": True})
+        if len(encoded) > LINE_BYTES_MAX:
+            encoded = self._encoded({key: line[key] for key in ("timestamp", "level", "event")} | {"shortened": True})
+        return encoded
+
+    def _encoded(self, line: dict[str, Any]) -> bytes:
+        if self._console is None:
+            return orjson.dumps(line) + b"\n"
+        printable = {key: _printable(value) if isinstance(value, str) else value for key, value in line.items()}
+        return str(self._console(None, str(line["level"]), printable)).encode() + b"\n"
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        name = failure.thread.name if failure.thread else "unknown"
+        self.emit("error", {"event": "thread.failed", "thread": name, "exc_info": failure.exc_value})
+
+
+class _LibraryHandler(logging.Handler):
+    """Turns a record of a library logger into ``library.logged``."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = (
+            "error" if record.levelno >= logging.ERROR else "warning" if record.levelno >= logging.WARNING else "info"
+        )
+        message = str(record.msg)
+        if self._log._settings.redact:
+            # The template is the library's own; its arguments, and what follows its first line, may quote a request.
+            message = message.partition("\n")[0]
+        else:
+            with contextlib.suppress(Exception):
+                message = record.getMessage()
+        event = {"event": "library.logged", "logger": record.name, "message": message, "exc_info": record.exc_info}
+        self._log.emit(level, event)
+
+
+def secure_standard_descriptors() -> None:
+    """Open /dev/null where descriptor 0, 1 or 2 is closed.
+
+    Otherwise the next file to be opened, a journal segment say, would get the number, and log lines with it.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            assert opened == fd, "descriptors are handed out lowest first"
+    # Python itself has given up on those that were closed.
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+# Redaction.
+
+
+def redacted(key: str, value: object, allowed: Iterable[str]) -> object:
+    """*value* as it may stand under *key*: whole when *allowed*, else ``***``, of which a phone keeps 3 digits."""
+    if key in allowed:
+        return _scrubbed(plain(value)) if key in FREE_TEXT else value
+    if value is None or isinstance(value, bool):
+        return value
+    text = plain(value)
+    if isinstance(text, int):
+        text = str(text)
+    return _masked(text) if isinstance(text, str) else "***"
+
+
+def _masked(text: str) -> str:
+    digits = re.sub(r"[\s+().-]", "", text)
+    return f"***{digits[-3:]}" if digits.isdecimal() and 7 <= len(digits) <= 15 else "***"
+
+
+def _scrubbed(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return _PHONE.sub(lambda match: _masked(match[0]), _TOKEN.sub("hf_***", value))
+
+
+def describe_exception(error: BaseException, *, redact: bool) -> str:
+    """Where *error* was raised, with what caused it; its text only when it cannot quote what a client sent."""
+    parts: list[str] = []
+    current: BaseException | None = error
+    while current is not None and len(parts) < CAUSES_MAX:
+        frames = [
+            f"  {frame.filename}:{frame.lineno} in {frame.name}"
+            for frame in traceback.extract_tb(current.__traceback__)
+        ]
+        text = plain(current) if not redact or isinstance(current, HoldfastError | OSError) else "***"
+        parts.append("\n".join([f"{type(current).__name__}: {text}", *frames[-ITEMS_MAX:]]))
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return "\ncaused by ".join(parts)
+
+
+def _exception_of(exc_info: object) -> BaseException | None:
+    if isinstance(exc_info, BaseException):
+        return exc_info
+    if isinstance(exc_info, tuple) and len(exc_info) == 3:
+        return exc_info[1] if isinstance(exc_info[1], BaseException) else None
+    if exc_info:
+        return sys.exc_info()[1]
+    return None
+
+
+# From anything to what JSON can hold.
+
+
+def plain(value: object, depth: int = 0) -> Any:
+    """*value* in types that every JSON encoder takes; what has no such form is described. Never raises."""
+    kind = type(value)
+    if value is None or kind is bool:
+        return value
+    if isinstance(value, str):
+        return str.__str__(value).encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, int):
+        number = int.__index__(value)
+        # Beyond 4,300 digits Python itself refuses to write it.
+        return number if -(1 << 63) <= number < 1 << 64 else f"<integer of {number.bit_length()} bits>"
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else float.__repr__(value)
+    if isinstance(value, bytes | bytearray):
+        return bytes(value[:LINE_BYTES_MAX]).decode("utf-8", "backslashreplace")
+    if depth < DEPTH_MAX:
+        if isinstance(value, Mapping):
+            return _plain_items(value, depth)
+        if isinstance(value, list | tuple | set | frozenset):
+            return _plain_list(value, depth)
+    return _described(value)
+
+
+def _plain_items(value: Mapping[Any, Any], depth: int) -> Any:
+    try:
+        items = list(value.items())[:ITEMS_MAX]
+    except Exception:
+        return _described(value)
+    return {str(plain(key, DEPTH_MAX)): plain(item, depth + 1) for key, item in items}
+
+
+def _plain_list(value: Iterable[Any], depth: int) -> Any:
+    try:
+        items = list(value)[:ITEMS_MAX]
+    except Exception:
+        return _described(value)
+    return [plain(item, depth + 1) for item in items]
+
+
+def _described(value: object) -> str:
+    try:
+        text = str(value)
+    except Exception as error:
+        text = f"<{type(value).__name__} whose text raises {type(error).__name__}>"
+    return text[:LINE_BYTES_MAX].encode("utf-8", "backslashreplace").decode()
+
+
+def _shortened(value: object) -> object:
+    if isinstance(value, str):
+        return value if len(value) <= TEXT_CHARS_SHORT else f"{value[:TEXT_CHARS_SHORT]}…"
+    if isinstance(value, list | dict):
+        return f"{str(value)[:TEXT_CHARS_SHORT]}…"
+    return value
+
+
+def _printable(text: str) -> str:
+    """*text* without characters that steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
