@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import aiohttp
 import msgspec
 
-from holdfast.engine import Engine, FlushReport
+from holdfast.engine import Engine
 from holdfast.errors import SettingsError
+from holdfast.flush import FlushReport
 from holdfast.http.app import HttpService
 from holdfast.recovery import open_engine
 from holdfast.settings import LimitSettings, Settings

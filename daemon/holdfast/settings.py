@@ -365,7 +365,7 @@ class OrderSettings(msgspec.Struct, frozen=True, kw_only=True):
     keep_completed: Annotated[
         float,
         Span(
-            "Completed orders stay in memory for this long; longer costs memory and a slower flush.",
+            "Not used by this version, which keeps all completed orders: they leave only once an archive has them.",
             low=HOUR,
             high=DECADE,
         ),
@@ -388,10 +388,10 @@ class RetentionSettings(msgspec.Struct, frozen=True, kw_only=True):
     """``[retention]``"""
 
     archive_after: Annotated[
-        float, Span("A conversation without a message for this long is archived.", low=DAY, high=10 * DECADE)
+        float, Span("Not used by this version: a conversation without a message for this long is archived.", low=DAY, high=10 * DECADE)
     ] = 90 * DAY
     delete_after: Annotated[
-        float, Span("Messages older than this are deleted for good.", low=DAY, high=10 * DECADE)
+        float, Span("Not used by this version: messages older than this are deleted for good.", low=DAY, high=10 * DECADE)
     ] = 365 * DAY
 
 
@@ -399,9 +399,9 @@ class BackupSettings(msgspec.Struct, frozen=True, kw_only=True):
     """``[backups]``"""
 
     every: Annotated[
-        float, Span("Time between two backups; more often costs disk reads.", low=MINUTE, high=365 * DAY)
+        float, Span("Not used by this version: time between two backups.", low=MINUTE, high=365 * DAY)
     ] = DAY
-    keep: Annotated[int, Count("Backups kept; more reach further back and cost disk.", low=1, high=10_000)] = 10
+    keep: Annotated[int, Count("Copies kept of files as they were before a start left records out; more reach further back.", low=1, high=10_000)] = 10
 
 
 class LimitSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -465,7 +465,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Durability,
         Choice(
             "When a change is acknowledged: after fsync; after write, with an fsync each second; at once, saved at a flush.",
-            True,
+            False,
             of=get_args(Durability),
         ),
     ] = "always"
@@ -482,7 +482,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Span("The whole of a stop; keep it below TimeoutStopSec of systemd.", low=1, high=HOUR),
     ] = 25.0
     mirror: Annotated[
-        bool, Flag("Also write each conversation as a readable JSON file; costs a file a chat.", True)
+        bool, Flag("Not used by this version: also write each conversation as a readable JSON file.", True)
     ] = False
     recovery: Annotated[
         Literal["available", "strict"],

@@ -10,7 +10,8 @@ from holdfast.settings import Settings
 from holdfast.values import ValueLimits
 
 if TYPE_CHECKING:
-    from holdfast.engine import Engine, FlushReport
+    from holdfast.engine import Engine
+    from holdfast.flush import FlushReport
 
 
 class Admin(Protocol):
