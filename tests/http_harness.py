@@ -41,8 +41,11 @@ class Operator:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.invalid = ""
+        self.failure: Exception | None = None
 
     async def flush(self) -> FlushReport:
+        if self.failure is not None:
+            raise self.failure
         return await asyncio.to_thread(self.engine.flush, "api")
 
     async def reload(self) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
 import os
 import stat
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from holdfast.errors import SettingsError
@@ -497,7 +499,67 @@ def test_before_the_data_is_loaded_the_service_says_so(tmp_path: Path):
     serve_and(scenario, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("failure", "detail"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "no permission on the data directory"),
+        (OSError(errno.EROFS, "Read-only file system"), "no permission on the data directory"),
+        (ZeroDivisionError("secret text"), "an error inside Holdfast"),
+    ],
+)
+def test_a_fault_of_ours_is_told_without_its_inside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], failure: Exception, detail: str
+):
+    """An unexpected error is 500 internal and one line in the log; permission problems say so."""
+
+    async def scenario(served: Served) -> None:
+        served.operator.failure = failure
+        answer = await served.ask("POST", "/v1/admin/flush")
+
+        assert (answer.status, answer.json["code"]) == (500, "internal")
+        assert answer.json["detail"].startswith(detail)
+        assert b"secret" not in answer.body
+
+    serve_and(scenario, tmp_path)
+
+    assert capsys.readouterr().out.count("request.failed") == 1
+
+
+def test_changed_limits_hold_at_once(tmp_path: Path):
+    """After a reload the next request is measured by the new limits."""
+
+    async def scenario(served: Served) -> None:
+        body = b'{"a":"' + b"x" * 3000 + b'"}'
+        before = await served.ask("PUT", SESSION, body=body)
+        limits = msgspec.structs.replace(served.settings.limits, body_bytes=2048)
+        served.service.reconfigure(msgspec.structs.replace(served.settings, limits=limits))
+        after = await served.ask("PUT", SESSION, body=body)
+
+        assert (before.status, after.status) == (201, 413)
+
+    serve_and(scenario, tmp_path)
+
+
 # The wire.
+
+
+def test_a_client_that_goes_away_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A body that breaks off is no request, and no fault of ours to log."""
+
+    async def scenario(served: Served) -> None:
+        _, writer = await served.connect()
+        writer.write(b'PUT /v1/users/1 HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"a":1}')
+        await asyncio.sleep(0.1)
+        writer.close()
+        await asyncio.sleep(0.1)
+        await asyncio.wait_for(served.service.drain(), 1)
+
+        assert not served.service.connections
+        assert served.engine.get("users", "1") is None
+
+    serve_and(scenario, tmp_path)
+
+    assert "request.failed" not in capsys.readouterr().out
 
 
 def test_long_answers_are_compressed_on_request(tmp_path: Path):

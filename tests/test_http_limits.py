@@ -340,7 +340,7 @@ def test_clients_leave_descriptors_for_files(tmp_path: Path):
         assert clients.stdout is not None
         refused = int(await asyncio.wait_for(clients.stdout.readline(), ANSWER_S))
         flush = await served.ask("POST", "/v1/admin/flush")
-        await clients.communicate()
+        await clients.communicate(b"")
 
         print(f"200 clients at 256 descriptors: {refused} of the last 50 refused")
         assert refused == 50

@@ -17,6 +17,7 @@ LAYERS = [
     {"settings", "values", "record"},
     {"core", "disk"},
     {"commit", "engine", "flush", "load", "recovery"},
+    {"api"},
     {"embedded", "aio"},
     {"http"},
     {"service"},

@@ -35,19 +35,20 @@ class Clock:
         self._last_ms = max(self._last_ms, ms)
 
 
-# One tuple, replaced whole, so that no thread ever sees the second of one and the text of another.
+# Consecutive events share their millisecond, and rendering a date costs ten times as much as the rest. One tuple,
+# replaced whole, so that no thread ever sees the time of one and the text of another.
 _cached: tuple[int, str] = (-1, "")
 
 
 def format_ms(ms: int) -> str:
     """Milliseconds since 1970 as ``2026-11-21T06:00:00.000Z``, the form of every timestamp that leaves Holdfast."""
     global _cached
-    second, rest = divmod(ms, 1000)
     cached = _cached
-    if second != cached[0]:
-        # Rendering a date costs ten times as much as the rest; consecutive events share their second.
-        _cached = cached = (second, (EPOCH + timedelta(seconds=second)).isoformat()[:19])
-    return f"{cached[1]}.{rest:03d}Z"
+    if cached[0] == ms:
+        return cached[1]
+    text = (EPOCH + timedelta(milliseconds=ms)).isoformat(timespec="milliseconds")[:23] + "Z"
+    _cached = (ms, text)
+    return text
 
 
 def parse_ms(text: str, zone: tzinfo = UTC) -> int:

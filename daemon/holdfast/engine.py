@@ -134,6 +134,8 @@ class Engine:
 
     Attributes:
         degraded: reasons why the data is not all it should be; empty when healthy.
+        on_broken: called once, from the journal's thread, when the disk refused to sync: the process must end, with
+            exit code 1.
     """
 
     def __init__(
@@ -161,6 +163,8 @@ class Engine:
         self._rules = rules_of(settings, reserved_names)
         self._committer = Committer(state, journal, settings.durability, clock, log)
         self._committer.on_full = self._log_full
+        self._committer.on_broken = self._refuse_all
+        self.on_broken: Callable[[HoldfastError], None] = lambda error: None
         self._lock = self._committer.lock
         self._refusal: HoldfastError | None = None
         self._started = clock.monotonic()
@@ -212,7 +216,6 @@ class Engine:
     def _decide(self, op: AnyOp, durability: Durability | None) -> Ticket:
         """Decide and apply one op, under the lock."""
         state, committer = self._state, self._committer
-        self._check_room()
         now_ms = self._clock.now_ms()
         try:
             decided = decide(state, op, self._rules, state.seq + 1, now_ms)
@@ -226,6 +229,8 @@ class Engine:
             return Ticket([decided], state.seq, committer.in_flight())
         assert type(decided) is Event
         undoable = committer.is_undoable(durability)
+        if not undoable:
+            self._check_room()
         apply(state, decided, now_ms, undoable=undoable)
         seq = decided.seq
         batch = committer.add(encode_event(decided), seq, durability, undoable=undoable)
@@ -233,10 +238,11 @@ class Engine:
 
     def _decide_together(self, ops: list[AnyOp], durability: Durability | None) -> Ticket:
         state, committer = self._state, self._committer
-        self._check_room()
         now_ms = self._clock.now_ms()
         seq = state.seq + 1
         undoable = committer.is_undoable(durability)
+        if not undoable:
+            self._check_room()
         outcomes: list[Answer | HoldfastError] = []
         events: list[Event] = []
         in_flight = committer.in_flight()
@@ -262,7 +268,7 @@ class Engine:
         return Ticket(outcomes, seq, batch)
 
     def _check_room(self) -> None:
-        self._committer.check()
+        """Refuse an op that would wait in memory for a flush that cannot be written."""
         if self._committer.deferred_bytes > self.settings.journal_max:
             raise StorageFull("more changes wait for a flush than journal_max allows; free space on the disk")
 
@@ -281,7 +287,10 @@ class Engine:
                     return count
                 looked, expired, batch = self._expire_some(now_ms)
             if batch is not None:
-                batch.wait(None)
+                try:
+                    batch.wait(None)
+                except StorageFull:
+                    break  # told once by journal.disk_filled; they are looked at again
             count += expired
             if not looked:
                 break
@@ -298,11 +307,6 @@ class Engine:
             state.session_wheel.schedule(id, due)
         if not expired:
             return len(ids), 0, None
-        try:
-            self._check_room()
-        except HoldfastError:
-            state.session_wheel.schedule_all(now_ms // 60_000 + 1, expired)
-            raise
         event = Event(state.seq + 1, format_ms(self._clock.now_ms()), "session.expire", ids=expired)
         undoable = self._committer.is_undoable(None)
         # Should the disk be full the sessions come back, and must be looked at again.
@@ -483,15 +487,6 @@ class Engine:
         since = self._committer.busy_since
         return float("inf") if since is None else since
 
-    @property
-    def on_broken(self) -> Callable[[HoldfastError], None]:
-        """Called once, from the journal's thread, when the disk refused to sync: the process must end, with exit code 1."""
-        return self._committer.on_broken
-
-    @on_broken.setter
-    def on_broken(self, callback: Callable[[HoldfastError], None]) -> None:
-        self._committer.on_broken = callback
-
     def reconfigure(self, settings: Settings) -> None:
         """Use *settings* from the next op on; those that need a restart must be unchanged."""
         with self._lock:
@@ -533,6 +528,10 @@ class Engine:
     def _check_readable(self) -> None:
         if self._refusal is not None and (isinstance(self._refusal, ForkedProcess) or self._directory_lock is None):
             raise self._refusal
+
+    def _refuse_all(self, error: HoldfastError) -> None:
+        self._refusal = self._refusal or error
+        self.on_broken(error)
 
     def _log_full(self, is_full: bool) -> None:
         if is_full:
@@ -587,7 +586,8 @@ class _ConfirmedClock:
 
 
 def _record(id: str, line: bytes) -> Record:
-    return Record(id, record.version_of(line)[0], record.value_of(line))
+    value, version = record.split(line)
+    return Record(id, version, value)
 
 
 def _encode_cursor(collection: str, place: int, id: str) -> str:

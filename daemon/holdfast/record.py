@@ -5,8 +5,8 @@ A record is a single ``bytes`` object: the value's canonical JSON with one more 
     {"recipientPhone":"573001234567","lastActivity":"2026-11-21T06:00:00.000Z","_holdfast":{"v":3}}
 
 So a flush is a join, loading is a split, and reading cuts the header off; nothing is decoded that nobody looks
-at. The header is written only by ``join``, holds numbers and booleans only, and is therefore always the last
-occurrence of ``,"_holdfast":{`` in the record, whatever the value contains.
+at. The header is written only here and holds numbers and booleans only, so the last opening brace of a record is
+its header's, whatever the value contains.
 
 A value is never an empty object: it holds at least its id, so the comma is always right.
 """
@@ -19,8 +19,8 @@ HEADER_KEY = "_holdfast"
 """Reserved as a key of records; values that bring their own are refused."""
 
 _MARK = b',"_holdfast":{'
-_PLAIN_START = b',"_holdfast":{"v":'
-_PLAIN_DIGITS_AT = len(_PLAIN_START)
+_BEFORE_BRACE = len(_MARK) - 1
+_VERSION_AT = len(b'{"v":')
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -58,22 +58,25 @@ def join_header(value: bytes, header: Header) -> bytes:
 
 def value_of(record: bytes) -> bytes:
     """The value as it was stored: canonical JSON without the header."""
-    return record[: record.rindex(_MARK)] + b"}"
+    return record[: record.rindex(b"{") - _BEFORE_BRACE] + b"}"
 
 
 def version_of(record: bytes) -> tuple[int, bool]:
     """The record's version, and whether its header holds nothing else."""
-    tail = record[record.rindex(_MARK) + _PLAIN_DIGITS_AT : -2]
-    if tail.isdigit():
-        return int(tail), True
-    return int(tail.split(b",", 1)[0]), False
+    digits = record[record.rindex(b"{") + _VERSION_AT : -2]
+    if digits.isdigit():
+        return int(digits), True
+    return int(digits.split(b",", 1)[0]), False
+
+
+def split(record: bytes) -> tuple[bytes, int]:
+    """Value and version at once; the hot path of reading."""
+    brace = record.rindex(b"{")
+    digits = record[brace + _VERSION_AT : -2]
+    version = int(digits) if digits.isdigit() else int(digits.split(b",", 1)[0])
+    return record[: brace - _BEFORE_BRACE] + b"}", version
 
 
 def header_of(record: bytes) -> Header:
     """The whole header."""
-    return _decode_header(record[record.rindex(_MARK) + len(_MARK) - 1 : -1])
-
-
-def has_header(line: bytes) -> bool:
-    """Whether *line* ends with a header of ours."""
-    return line.endswith(b"}}") and _MARK in line
+    return _decode_header(record[record.rindex(b"{") : -1])

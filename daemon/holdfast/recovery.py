@@ -108,6 +108,7 @@ class _Recovery:
         self._rules: Rules = rules_of(settings, {})
         self._state = State(self._rules.session_ttl_ms)
         self._manifest = Manifest()
+        self._has_manifest = False
         self._alternative: Manifest | None = None
         self._counts = Counts()
         # Names of files whose content differs from what memory now holds: kept before anything replaces them.
@@ -115,6 +116,8 @@ class _Recovery:
         self._unlisted: set[str] = set()
         self._damages: list[str] = []
         self._ignored: dict[str, str] = {}
+        # What is done for each damaged file once it is certain that the start goes on.
+        self._evidence: list[Callable[[Directory], None]] = []
 
     def run(self, lock: DirectoryLock) -> Engine:
         self._read_manifests()
@@ -132,6 +135,7 @@ class _Recovery:
 
         # From here on the disk is changed.
         self._directory.remove_stale_temporaries()
+        self._keep_evidence()
         self._keep_replaced()
         journal = self._open_journal(journal_directory, history)
         manifest = msgspec.structs.replace(
@@ -185,6 +189,7 @@ class _Recovery:
                 if name == MANIFEST:
                     self._note_damage(name, f"{name}: {error}", "the files themselves")
         found, following = manifests[MANIFEST], manifests[MANIFEST_NEXT]
+        self._has_manifest = found is not None or following is not None
         self._manifest = found or following or Manifest()
         # A flush that was interrupted while its files moved into place: each file is the old or the new one, and
         # replay from the old seq is right over both.
@@ -308,7 +313,7 @@ class _Recovery:
         if not history.segments and after:
             self._damages.append(f"the journal is missing; changes after event {after} are lost if there were any")
             self._log.error("journal.damaged", segment="journal/", offset=0, bytes=0, reason="no segment found")
-        if MANIFEST not in self._manifest_names() and history.lines and history.lines[0].seq > 1:
+        if not self._has_manifest and history.lines and history.lines[0].seq > 1:
             # Without a manifest nobody knows what the files hold; only holes inside the journal can be told.
             history = history._replace(gaps=history.gaps[1:])
         for damage in history.damages:
@@ -319,9 +324,6 @@ class _Recovery:
                 "journal.damaged", segment="", offset=0, bytes=0, reason=f"events {first} to {last} missing"
             )
         return history
-
-    def _manifest_names(self) -> set[str]:
-        return {MANIFEST} if self._manifest.snapshot_seq or self._manifest.files else set()
 
     def _replay(self, history: History) -> int:
         snapshot_seq = self._manifest.snapshot_seq
@@ -405,16 +407,27 @@ class _Recovery:
                 backups.remove_tree(name)
         self._log.info("backup.kept_before_merge", files=len(names), kept_in=f"backups/{place}")
 
+    def _keep_evidence(self) -> None:
+        if self._evidence:
+            with self._directory.subdirectory("quarantine") as quarantine:
+                for keep in self._evidence:
+                    keep(quarantine)
+
     def _quarantine_copy(self, directory: Directory, name: str, reason: str) -> None:
-        with self._directory.subdirectory("quarantine") as quarantine:
+        def keep(quarantine: Directory) -> None:
             directory.keep_copy(name, quarantine, f"{self._stamp()}-{name}")
             self._report(quarantine, name, reason)
 
+        self._evidence.append(keep)
+
     def _set_aside(self, name: str) -> None:
         """Move away what stands in the place of a file and cannot be read as one."""
-        with self._directory.subdirectory("quarantine") as quarantine:
+
+        def move(quarantine: Directory) -> None:
             self._directory.move(name, quarantine, f"{self._stamp()}-{name}")
             self._report(quarantine, name, "not a readable regular file")
+
+        self._evidence.append(move)
 
     def _report(self, quarantine: Directory, name: str, reason: str) -> None:
         report = {"file": name, "reason": reason, "at": format_ms(self._now_ms)}

@@ -388,20 +388,33 @@ class RetentionSettings(msgspec.Struct, frozen=True, kw_only=True):
     """``[retention]``"""
 
     archive_after: Annotated[
-        float, Span("Not used by this version: a conversation without a message for this long is archived.", low=DAY, high=10 * DECADE)
+        float,
+        Span(
+            "Not used by this version: a conversation without a message for this long is archived.",
+            low=DAY,
+            high=10 * DECADE,
+        ),
     ] = 90 * DAY
     delete_after: Annotated[
-        float, Span("Not used by this version: messages older than this are deleted for good.", low=DAY, high=10 * DECADE)
+        float,
+        Span("Not used by this version: messages older than this are deleted for good.", low=DAY, high=10 * DECADE),
     ] = 365 * DAY
 
 
 class BackupSettings(msgspec.Struct, frozen=True, kw_only=True):
     """``[backups]``"""
 
-    every: Annotated[
-        float, Span("Not used by this version: time between two backups.", low=MINUTE, high=365 * DAY)
-    ] = DAY
-    keep: Annotated[int, Count("Copies kept of files as they were before a start left records out; more reach further back.", low=1, high=10_000)] = 10
+    every: Annotated[float, Span("Not used by this version: time between two backups.", low=MINUTE, high=365 * DAY)] = (
+        DAY
+    )
+    keep: Annotated[
+        int,
+        Count(
+            "Copies kept of files as they were before a start left records out; more reach further back.",
+            low=1,
+            high=10_000,
+        ),
+    ] = 10
 
 
 class LimitSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from datetime import UTC, tzinfo
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -220,10 +221,15 @@ def _session_event(
         elif activity > now_ms:
             activity = now_ms
     else:
-        encoded = b'%b,%b:"%b"}' % (encoded[:-1], orjson.dumps(rules.session_time_field), at.encode())
+        encoded = encoded[:-1] + _time_key(rules.session_time_field) + at.encode() + b'"}'
         if ttl is not None:
             activity = now_ms
     return Event(seq, at, name, "", id, version, msgspec.Raw(encoded), ttl, activity)
+
+
+@cache
+def _time_key(field: str) -> bytes:
+    return b',%b:"' % orjson.dumps(field)
 
 
 def _session_delete(state: State, op: SessionDelete, rules: Rules, seq: int, now_ms: int) -> Event:
@@ -533,6 +539,8 @@ def _next_version(collection: Collection, op: RecordOp) -> tuple[int, int | None
         VersionMismatch: ``if_version`` names another version than the record has.
     """
     line = collection.get(op.id)
+    if line is None and not op.if_version:
+        return 1, None
     version, ttl = 0, None
     if line is not None:
         version, is_plain = record.version_of(line)

@@ -163,13 +163,14 @@ def apply(state: State, event: Event, at_ms: int, *, undoable: bool) -> None:
 
 def answer_of(event: Event, seq: int) -> Answer:
     """What the client is told about *event*; a pure function, so that a repeat is told the same after a restart."""
-    op = event.op
-    if op.endswith("delete"):
+    version = event.version
+    if event.until is not None:
+        expires_at = format_ms(event.until)
+        return Answer(status=200, seq=seq, id=event.id, generation=event.generation, expires_at=expires_at)
+    if not version and event.op.endswith("delete"):
         return Answer(status=204, seq=seq, id=event.id)
-    status = 201 if event.version == 1 and op.endswith("put") else 200
-    if event.until is None:
-        return Answer(status=status, seq=seq, id=event.id, version=event.version)
-    return Answer(status=status, seq=seq, id=event.id, generation=event.generation, expires_at=format_ms(event.until))
+    status = 201 if version == 1 and event.op.endswith("put") else 200
+    return Answer(status=status, seq=seq, id=event.id, version=version)
 
 
 def _session_stored(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:

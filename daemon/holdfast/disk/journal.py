@@ -175,12 +175,13 @@ class Journal:
         return removed
 
     def close(self) -> None:
-        """Sync what is written, unless broken, and give the descriptor back."""
+        """Sync what is written, unless broken, and give the descriptors back, the directory's too."""
         try:
             if self._broken is None:
                 self.sync()
         finally:
             os.close(self._fd)
+            self._directory.close()
 
     def _create(self, first_seq: int) -> int:
         name = segment_name(first_seq)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import resource
 import socket
 import time
@@ -20,7 +21,7 @@ from holdfast.errors import HoldfastError, Unavailable
 from holdfast.http.auth import TokenStore
 from holdfast.http.connection import Connection
 from holdfast.http.guard import OPEN_PATHS, Guard
-from holdfast.http.listen import BACKLOG, Listener, inherited_listeners, open_listeners
+from holdfast.http.listen import Listener, inherited_listeners, open_listeners
 from holdfast.http.problem import problem
 from holdfast.http.reply import GZIP_BYTES_MIN, Reply, compressed, current_date_line
 from holdfast.http.request import Request
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 SWEEP_S = 0.25
 """How late a deadline may be noticed, and how soon a changed token file."""
+
+ACCEPT_AT_ONCE = 16
+"""asyncio accepts as many connections as its backlog says before it tells us of the first: a burst must not take
+the descriptors that the disk needs."""
 
 LOG_LINES_MAX = 10
 """Lines about refused connections in a minute."""
@@ -143,10 +148,11 @@ class HttpService:
         for listener in self._listeners:
             factory = partial(Connection, self, server, is_local=listener.is_local)
             if listener.is_local:
-                self._servers.append(await loop.create_unix_server(factory, sock=listener.sock, backlog=BACKLOG))
+                self._servers.append(await loop.create_unix_server(factory, sock=listener.sock, backlog=ACCEPT_AT_ONCE))
             else:
                 self._guard.add_name(listener.host)
-                self._servers.append(await loop.create_server(factory, sock=listener.sock, backlog=BACKLOG))
+                self._servers.append(await loop.create_server(factory, sock=listener.sock, backlog=ACCEPT_AT_ONCE))
+            listener.deepen_queue()
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop_accepting(self) -> None:
@@ -189,7 +195,9 @@ class HttpService:
         except ConnectionError:
             reply = problem(Unavailable("the client went away within its request"), is_last=True)
         except Exception as error:
-            log.error("request.failed", method=request.method, exc_info=error)
+            # Two segments name the route; a third would name a person.
+            route = "/" + "/".join(request.segments[:2])
+            log.error("request.failed", method=request.method, route=route, exc_info=error)
             reply = problem(InternalError(_internal_detail(error)), is_last=True)
         if len(reply.body) > GZIP_BYTES_MIN:
             reply = await compressed(reply, request.headers.get("Accept-Encoding", ""))
@@ -234,6 +242,6 @@ def _allow(error: HoldfastError) -> str:
 
 
 def _internal_detail(error: Exception) -> str:
-    if isinstance(error, PermissionError):
-        return "no permission on the data directory; give it back to the user that runs the daemon, see the log"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission on the data directory ({error.strerror}); make it writable for the user of the daemon"
     return "an error inside Holdfast; the log has it as request.failed"

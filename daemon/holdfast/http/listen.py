@@ -13,6 +13,8 @@ from holdfast.errors import SettingsError
 from holdfast.settings import TcpAddress, UnixAddress, parse_address
 
 BACKLOG = 1024
+"""Clients that the kernel lets wait; on a unix socket the next one is refused."""
+
 UNIX_MODE = 0o660
 """The file's permissions are the credential: owner and group may connect."""
 
@@ -41,6 +43,10 @@ class Listener:
         if self.is_local:
             return f"unix:{os.fsdecode(name)}"
         return f"tcp:[{name[0]}]:{name[1]}" if ":" in name[0] else f"tcp:{name[0]}:{name[1]}"
+
+    def deepen_queue(self) -> None:
+        """Let BACKLOG clients wait in the kernel, after the event loop has set a queue of its own."""
+        self.sock.listen(BACKLOG)
 
     def remove_file(self) -> None:
         """Remove the socket file, unless somebody has put another in its place."""

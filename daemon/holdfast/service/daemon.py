@@ -94,15 +94,39 @@ def run(load_settings: Callable[[], LoadedSettings]) -> int:
 
 
 class Flusher:
-    """Flushes on behalf of all who ask: one runs, at most one waits, and whoever comes meanwhile shares that one."""
+    """Flushes on behalf of all who ask: one runs, at most one waits, and whoever comes meanwhile shares that one.
+
+    As a service it is the last to stop, and leaves no flush behind: the final one is then alone.
+    """
+
+    name = "flusher"
+    stop_deadline_s = 5.0
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._is_stopping = False
         self._running: asyncio.Task[FlushReport] | None = None
         self._waiting: asyncio.Task[FlushReport] | None = None
 
+    async def start(self) -> None:
+        """Nothing runs until somebody asks."""
+
+    async def stop(self) -> None:
+        """Refuse further flushes, finish those under way."""
+        self._is_stopping = True
+        under_way = {task for task in (self._running, self._waiting) if task is not None}
+        if under_way:
+            await asyncio.wait(under_way)
+
     async def flush(self, reason: str) -> FlushReport:
-        """Return once everything that was acknowledged before the call is in the snapshots."""
+        """Return once everything that was acknowledged before the call is in the snapshots.
+
+        Raises:
+            Unavailable: stopping; the final flush does it.
+            HoldfastError, OSError: as ``Engine.flush``.
+        """
+        if self._is_stopping:
+            raise Unavailable("stopping; the final flush writes everything")
         if self._waiting is None:
             self._waiting = asyncio.create_task(self._flush(reason, self._running))
         # A caller that gives up takes the flush from nobody else.
@@ -135,7 +159,7 @@ class _Daemon:
         self._sockets = sockets
         self._started_at = time.monotonic()
         self._reload_lock = asyncio.Lock()
-        self._background: list[asyncio.Task[None]] = []
+        self._signs_of_life: asyncio.Task[None] | None = None
         self._progress = "loading"
         self._flush_again_at = 0.0
         self._shutdown = ShutdownManager(
@@ -166,6 +190,7 @@ class _Daemon:
         self._flush_interval = Interval("flush", self._settings.flush_every, self._flush_regularly)
         supervisor = Supervisor()
         # Started from first to last, stopped from last to first.
+        supervisor.add(self._flusher)
         supervisor.add(self._flush_interval)
         supervisor.add(Interval("size check", SIZE_CHECK_EVERY_S, self._flush_when_large))
         supervisor.add(Interval("expire", EXPIRE_EVERY_S, engine.expire))
@@ -178,10 +203,12 @@ class _Daemon:
             await in_thread("close", lambda: engine.close(flush=False))
             return self.failed(error, EXIT_REFUSED if isinstance(error, DataRefused) else EXIT_FAILED)
         self._http = http
-        self._serve_signals(noted)
+        serving = self._serve_signals(noted)
         self._ready()
 
         await self._shutdown.requested()
+        for task in serving:
+            task.cancel()
         clean = await self._shutdown.stop(
             stop_accepting=http.stop_accepting,
             finish_requests=http.drain,
@@ -234,7 +261,8 @@ class _Daemon:
         self._log.info("daemon.ready", listen=self._http.listening, duration_ms=duration_ms)
         self._notifier.ready(self._status_line())
         if self._notifier.watchdog_s is not None:
-            self._background.append(asyncio.create_task(self._give_signs_of_life(self._notifier.watchdog_s)))
+            # No service: signs of life are given until the very end.
+            self._signs_of_life = asyncio.create_task(self._give_signs_of_life(self._notifier.watchdog_s))
         if self._log_output.is_terminal:
             self._log_output.show(_banner(self._settings, self._http.listening))
 
@@ -261,14 +289,13 @@ class _Daemon:
             signal.signal(number, note)
         return noted
 
-    def _serve_signals(self, noted: dict[int, asyncio.Event]) -> None:
+    def _serve_signals(self, noted: dict[int, asyncio.Event]) -> list[asyncio.Task[None]]:
         actions: dict[int, Callable[[], Awaitable[object]]] = {
             signal.SIGUSR1: lambda: self._try_to_flush("signal"),
             signal.SIGUSR2: self._report,
             signal.SIGHUP: self.reload,
         }
-        for number, action in actions.items():
-            self._background.append(asyncio.create_task(_act_when_noted(noted[number], action)))
+        return [asyncio.create_task(_act_when_noted(noted[number], action)) for number, action in actions.items()]
 
     async def _report(self) -> None:
         self._log.info("status.report", **await in_thread("status", self.status))

@@ -1,0 +1,223 @@
+"""A data directory as the old bots leave it: it loads without conversion, and nothing in it is lost."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.replay import Client, Daemon, listed
+
+SESSIONS = 300
+ORDERS = 40
+DAYS_IN_FILE = 121
+DAYS_KEPT = 90
+
+NAMES = ["Ana Martínez", "李小龙", "O'Neil", "José 🎶", "محمد"]
+TEXTS = ["Hola! quiero una USB 🎶", 'line one\nline two\t"quoted" \\ backslash', "zero\u200bwidth e\u0301", "</script>"]
+
+
+class Legacy(NamedTuple):
+    """What an old bot left, and what must become of it.
+
+    Attributes:
+        sessions: the surviving ones, whole, by id.
+        orders: the valid ones, whole, by id.
+        stale, invalid, merged: how many sessions are dropped, skipped, merged; *invalid* counts orders as well.
+        days: the figures that are kept, oldest first.
+        totals: of all time.
+    """
+
+    sessions: dict[str, dict[str, Any]]
+    orders: dict[str, dict[str, Any]]
+    stale: int
+    invalid: int
+    merged: int
+    days: list[dict[str, Any]]
+    totals: dict[str, int]
+
+
+def javascript_time(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def python_time(moment: datetime) -> str:
+    """Naive, as ``datetime.now().isoformat()``; the daemon's zone is UTC here."""
+    return moment.replace(tzinfo=None).isoformat()
+
+
+def written_by_an_old_bot(directory: Path) -> Legacy:
+    """Fill *directory* with files in the old bots' layouts: pretty-printed, some records unusable."""
+    rnd = random.Random(11)
+    now = datetime.now(UTC)
+    rows: list[Any] = []
+    alive: dict[str, dict[str, Any]] = {}
+    stale = merged = 0
+    unusable: list[Any] = [
+        {"currentState": "done", "lastActivity": javascript_time(now)},
+        {"recipientPhone": "573100000001", "currentState": "done"},
+        {"recipientPhone": "573100000002", "lastActivity": "not a time"},
+        {"recipientPhone": "", "lastActivity": javascript_time(now)},
+        {"recipientPhone": None, "lastActivity": javascript_time(now)},
+        ["not", "an", "object"],
+        None,
+        "text",
+    ]
+    for number in range(SESSIONS):
+        phone = f"57{3_200_000_000 + number}"
+        is_stale = rnd.random() < 0.3
+        age = timedelta(hours=rnd.uniform(24.1, 400) if is_stale else rnd.uniform(0, 23.5))
+        session = {
+            "recipientPhone": phone,
+            "currentState": rnd.choice(["catalog", "choosing_capacity", "done"]),
+            "lastActivity": rnd.choice([javascript_time, python_time])(now - age),
+            "pendingData": {"name": rnd.choice(NAMES), "cart": [{"price": 54900.5}], "lastText": rnd.choice(TEXTS)},
+            "largest": 2**63 - 1,
+            "nested": {"a": {"b": [1, 2.5, None, True, -0.1, 1e-7]}},
+        }
+        rows.append(session)
+        if is_stale:
+            stale += 1
+            continue
+        alive[phone] = session
+        if number % 17 == 0:
+            newer = session | {"currentState": "newer", "lastActivity": javascript_time(now)}
+            rows.insert(rnd.randrange(len(rows)), newer)
+            alive[phone] = newer
+            merged += 1
+    for row in unusable:
+        rows.insert(rnd.randrange(len(rows)), row)
+    write_pretty(directory / "chat_sessions.json", rows)
+
+    orders: dict[str, dict[str, Any]] = {}
+    for number in range(ORDERS):
+        order = {
+            "odooOrderId": 1000 + number,
+            "recipientPhone": f"57{3_200_000_000 + number}",
+            "customerName": rnd.choice(NAMES),
+            "productType": rnd.choice(["music", "videos"]),
+            "price": rnd.randrange(1000, 200_000),
+            "status": "pending",
+            "createdAt": javascript_time(now - timedelta(days=rnd.uniform(0, 20))),
+        }
+        orders[str(order["odooOrderId"])] = order
+    unusable_orders = [
+        {name: value for name, value in orders["1000"].items() if name != "recipientPhone"} | {"odooOrderId": 2000},
+        orders["1001"] | {"odooOrderId": None},
+        orders["1002"] | {"odooOrderId": True},
+    ]
+    write_pretty(directory / "pending_orders.json", [*unusable_orders, *orders.values()])
+
+    days = []
+    for back in range(DAYS_IN_FILE - 1, -1, -1):
+        date = (now - timedelta(days=back)).date().isoformat()
+        done = rnd.randrange(20)
+        figures = {"totalOrders": done + 3, "completedOrders": done, "totalRevenue": done * 84900}
+        days.append({"date": date, **figures, "productTypes": {"music": done, "videos": 3}})
+    totals = {"allTimeOrders": 9000, "allTimeRevenue": 300_000_000, "allTimeCompleted": 8000}
+    write_pretty(directory / "sales_stats.json", {"daily": days, "totals": totals})
+    write_pretty(directory / "contacts.json", [{"id": f"c{number}", "name": NAMES[number]} for number in range(5)])
+    write_pretty(directory / "config.json", [{"backup_count": 5}])
+    invalid = len(unusable) + len(unusable_orders)
+    return Legacy(alive, orders, stale, invalid, merged, days[-DAYS_KEPT:], totals)
+
+
+def write_pretty(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+class Loaded(NamedTuple):
+    """The old bot's directory and a daemon on it."""
+
+    directory: Path
+    legacy: Legacy
+    original: bytes
+    daemon: Daemon
+    client: Client
+
+    def found(self, path: str) -> dict[str, dict[str, Any]]:
+        """All records of a list by id."""
+        return {item["id"]: item["value"] for item in listed(self.client, path)}
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> Iterator[Loaded]:
+    directory = tmp_path / "data"
+    directory.mkdir(mode=0o700)
+    legacy = written_by_an_old_bot(directory)
+    original = (directory / "chat_sessions.json").read_bytes()
+    daemon = Daemon(directory)
+    try:
+        yield Loaded(directory, legacy, original, daemon, Client(daemon.addresses[0], None))
+    finally:
+        daemon.close()
+
+
+def as_read(value: Any) -> Any:
+    """*value* as a reader of exact numbers gets it."""
+    return json.loads(json.dumps(value), parse_float=Decimal)
+
+
+def test_counts_are_reported(loaded: Loaded) -> None:
+    """``state.loaded`` says how many sessions and orders came, and what was dropped, skipped and merged."""
+    legacy = loaded.legacy
+
+    event = loaded.daemon.event("state.loaded")
+
+    assert event["sessions"] == len(legacy.sessions)
+    assert event["orders"] == len(legacy.orders)
+    assert event["dropped_stale"] == legacy.stale
+    assert event["skipped_invalid"] == legacy.invalid
+    assert event["merged"] == legacy.merged
+
+
+def test_every_surviving_record_is_equal_field_by_field(loaded: Loaded) -> None:
+    """Sessions, orders and custom collections come back as they were, numbers and all; of two with one id the newer."""
+    assert loaded.found("/v1/sessions") == as_read(loaded.legacy.sessions)
+    assert loaded.found("/v1/orders") == as_read(loaded.legacy.orders)
+    assert [record["name"] for _, record in sorted(loaded.found("/v1/collections/contacts").items())] == NAMES
+
+
+def test_the_last_90_days_of_sales_are_kept(loaded: Loaded) -> None:
+    """Older days go, the totals of all time stay."""
+    figures = loaded.client.ask("GET", "/v1/stats/sales")
+
+    assert figures["daily"] == loaded.legacy.days
+    assert figures["totals"] == loaded.legacy.totals
+
+
+def test_what_the_old_bot_left_is_kept_beside(loaded: Loaded) -> None:
+    """A byte-identical copy of each file stands in the backups, so nothing that was dropped is gone."""
+    loaded.daemon.flush()
+
+    kept = list((loaded.directory / "backups").glob("*/chat_sessions.json"))
+
+    assert [path.read_bytes() for path in kept] == [loaded.original]
+    assert (loaded.directory / "chat_sessions.json").read_bytes() != loaded.original
+
+
+def test_the_files_that_replace_them_load_the_same(loaded: Loaded) -> None:
+    """After SIGTERM and a second start everything is as after the first, and nothing is dropped or skipped again."""
+    sessions, orders = loaded.found("/v1/sessions"), loaded.found("/v1/orders")
+    sales = loaded.client.ask("GET", "/v1/stats/sales")
+
+    assert loaded.daemon.stop(signal.SIGTERM) == 0
+
+    again = Daemon(loaded.directory)
+    try:
+        client = Client(again.addresses[0], None)
+        event = again.event("state.loaded")
+        second = Loaded(loaded.directory, loaded.legacy, loaded.original, again, client)
+
+        assert (second.found("/v1/sessions"), second.found("/v1/orders")) == (sessions, orders)
+        assert client.ask("GET", "/v1/stats/sales") == sales
+        assert (event["dropped_stale"], event["skipped_invalid"], event["merged"]) == (0, 0, 0)
+    finally:
+        again.close()
