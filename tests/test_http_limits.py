@@ -338,7 +338,7 @@ def test_clients_leave_descriptors_for_files(tmp_path: Path):
             sys.executable, "-c", CLIENTS, served.socket_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert clients.stdout is not None
-        refused = int(await asyncio.wait_for(clients.stdout.readline(), ANSWER_S))
+        refused = int(await asyncio.wait_for(clients.stdout.readline(), 3 * ANSWER_S))
         flush = await served.ask("POST", "/v1/admin/flush")
         await clients.communicate(b"")
 
@@ -347,7 +347,7 @@ def test_clients_leave_descriptors_for_files(tmp_path: Path):
         assert flush.status == 200
 
     try:
-        serve_and(scenario, tmp_path)
+        serve_and(scenario, tmp_path, header_timeout=60.0)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

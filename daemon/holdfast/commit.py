@@ -204,6 +204,8 @@ class Committer:
         checkpoint = _Checkpoint(begin)
         with self.lock:
             self.check()
+            if self._is_closing:
+                raise Unavailable("closed; open the data directory again")
             assert self._checkpoint is None, "two checkpoints at once"
             self._checkpoint = checkpoint
             self._wake.set()
@@ -241,7 +243,9 @@ class Committer:
 
     def _write_batches(self) -> None:
         while True:
-            self._wake.wait(self._next_sync_s())
+            # Whatever woke it last may have been the call to close.
+            if not self._is_closing:
+                self._wake.wait(self._next_sync_s())
             self._wake.clear()
             deferred = checkpoint = None
             with self.lock:

@@ -470,8 +470,7 @@ class Engine:
         Raises:
             StorageFull, JournalBroken, OSError: the old snapshot stands and the journal is not pruned.
         """
-        if isinstance(self._refusal, ForkedProcess):
-            raise self._refusal
+        self._check_readable()
         return self._flusher.flush(reason, self._committer, self._state)
 
     def flush_wanted(self) -> bool:

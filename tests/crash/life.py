@@ -1,10 +1,11 @@
 """A scripted life of a data directory, to be ended or hindered at any of its system calls.
 
-    python -m tests.crash.life DATA_DIR ACKNOWLEDGED [--wait]
+    python -m tests.crash.life DATA_DIR ACKNOWLEDGED [--wait] [--after N]
 
 Every step is the same in each run, so whoever knows how many were acknowledged knows what must be there. One byte goes
 to ACKNOWLEDGED, which is outside of DATA_DIR, after each acknowledged change. With ``--wait`` it tells the id of its
-journal thread on stdout and waits for a line on stdin before it lives.
+journal thread on stdout and waits for a line on stdin before it lives. With ``--after`` it goes on with a life of which
+*N* steps are done.
 
 Ends with 0 when it could go to its end, with 1 when the journal broke or the directory could not be opened or closed.
 """
@@ -37,8 +38,9 @@ def main() -> int:
         journal = next(thread for thread in threading.enumerate() if thread.name == "holdfast-journal")
         os.write(1, b"%d\n" % (journal.native_id or 0))
         os.read(0, 1)
-    ledger = Ledger(0, SEED)
-    for step in range(1, STEPS + 1):
+    done = int(sys.argv[sys.argv.index("--after") + 1]) if "--after" in sys.argv else 0
+    ledger = ledger_after(done)
+    for step in range(done + 1, STEPS + 1):
         change = ledger.propose()
         try:
             do(engine, change)
@@ -61,6 +63,15 @@ def main() -> int:
     except (HoldfastError, OSError) as error:
         return failed("close", error)
     return 0
+
+
+def ledger_after(steps: int) -> Ledger:
+    """The ledger of a life of which *steps* were acknowledged."""
+    ledger = Ledger(0, SEED)
+    for _ in range(steps):
+        ledger.propose()
+        ledger.acknowledge()
+    return ledger
 
 
 def flush(engine: Engine) -> None:

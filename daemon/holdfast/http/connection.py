@@ -20,7 +20,7 @@ from holdfast.settings import LimitSettings
 
 READ_BUFFER_BYTES = 256 * 1024
 LINGER_S = 2.0
-"""How long the rest of a refused body is read away, so that the client sees the reply instead of a reset."""
+"""How long the rest of a refused request is read away, so that the client sees the reply instead of a reset."""
 
 _CLOSE = "Connection: close\r\n"
 _KEEP_ALIVE = "Connection: keep-alive\r\n"
@@ -60,7 +60,7 @@ class Connection(web.RequestHandler):
         peer: the address of the client, empty on the unix socket.
     """
 
-    __slots__ = ("_body", "_head_bytes", "_is_busy", "_owner", "deadline", "is_local", "peer")
+    __slots__ = ("_body", "_head_bytes", "_is_busy", "_is_lingering", "_owner", "deadline", "is_local", "peer")
 
     def __init__(self, owner: Owner, server: web.Server, *, is_local: bool) -> None:
         limits = owner.limits
@@ -76,6 +76,7 @@ class Connection(web.RequestHandler):
         )
         self._owner = owner
         self._is_busy = False
+        self._is_lingering = False
         self._head_bytes = 0
         self._body: StreamReader = EMPTY_PAYLOAD
         self.deadline = math.inf
@@ -94,6 +95,8 @@ class Connection(web.RequestHandler):
         super().connection_made(transport)
         if not is_taken:
             self.refuse(Unavailable("as many connections are open as limits.connections allows; try again soon"))
+            # Without lingering: it would keep what there are too many of.
+            self.force_close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Wake a handler that waits for the rest of its body."""
@@ -124,7 +127,9 @@ class Connection(web.RequestHandler):
     def expire(self) -> None:
         """The deadline has passed: refuse what has not arrived, drop who does not read."""
         self.deadline = math.inf
-        if not self._body.is_eof():
+        if self._is_lingering:
+            self.force_close()
+        elif not self._body.is_eof():
             self._body.set_exception(
                 RequestTimeout("the body did not arrive within limits.body_timeout; send it faster")
             )
@@ -149,11 +154,13 @@ class Connection(web.RequestHandler):
             await asyncio.wait([task])
 
     def refuse(self, error: HoldfastError, *, status: int | None = None) -> None:
-        """Answer what is not, or not yet, a request, then close."""
+        """Answer what is not, or not yet, a request, then linger and close."""
         reply = problem(error, status=status, is_last=True)
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(render(reply, current_date_line(), _CLOSE, has_body=True))
-        self.force_close()
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        transport.write(render(reply, current_date_line(), _CLOSE, has_body=True))
+        self._linger()
 
     # Called by the request.
 
@@ -231,7 +238,7 @@ class Connection(web.RequestHandler):
                 break
             self._head_bytes = 0
             self.deadline = self._loop.time() + owner.limits.keep_alive
-        if self.transport is not None:
+        if self.transport is not None and not self._is_lingering:
             self.transport.close()
 
     async def _answer(self, message: RawRequestMessage) -> bool:
@@ -254,19 +261,21 @@ class Connection(web.RequestHandler):
                 await self._drain_helper()
             except ConnectionError:
                 return False
-        if not body_is_read and self._body.exception() is None:
-            await self._linger()
+        if not body_is_read:
+            self._linger()
         return not is_last
 
-    async def _linger(self) -> None:
-        if self.transport is not None and self.transport.can_write_eof():
-            self.transport.write_eof()
+    def _linger(self) -> None:
+        """End our side, and throw away what the client still sends until it ends its own, or LINGER_S have passed."""
+        transport = self.transport
+        assert transport is not None
+        if transport.can_write_eof():
+            transport.write_eof()
+        self._is_lingering = True
         self.deadline = self._loop.time() + LINGER_S
-        try:
-            while await self._body.readany():
-                pass
-        except (HoldfastError, web.RequestPayloadError, ConnectionError):
-            pass  # The reply is out; nobody waits for this.
+        self.close()
+        # Of a body too large the reader may have stopped the transport.
+        self._resume_transport_reading()
 
     def _refuse_malformed(self, error: BaseException) -> None:
         if isinstance(error, LineTooLong):

@@ -90,7 +90,7 @@ EVENTS: dict[str, Event] = {
     "journal.failed": Event("a fault of ours in the journal thread; the process ends", ("exception",)),
     "clock.jumped": Event("the wall clock ran ahead of the monotonic one; expiry does not believe it", ("ahead_ms",)),
     # Requests.
-    "request.failed": Event("a fault of ours; the client got 500", ("method", "exception")),
+    "request.failed": Event("a fault of ours; the client got 500", ("method", "route", "exception")),
     "request.refused": Event("a request without a good token, or by a forbidden way", ("code", "peer", "reason")),
     "connections.refused": Event("more connections than limits.connections", ("open", "limit")),
     "tokens.reload_failed": Event("a token file cannot be used; the tokens stay as they were", ("reason",)),

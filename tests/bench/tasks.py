@@ -1,0 +1,256 @@
+"""What is measured, each function in a process of its own: ``python -m tests.bench.tasks NAME ARGUMENTS``.
+
+The last line of the output is the result, as JSON. Seconds are of the measured part alone, without imports or filling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import orjson
+
+import holdfast
+import holdfast.aio
+from holdfast.engine import Engine
+from holdfast.ops import SessionPut
+from holdfast.recovery import open_engine
+from holdfast.settings import Settings
+from tests.bench.measure import rss_bytes
+from tests.bench.record import SEED, id_of, session_of
+
+PIPELINE = 100
+IDS = 10_000
+"""Sessions that the durable single puts go round."""
+
+REQUEST_EVERY_S = 0.0005
+"""Pace of the requests whose stalls are measured: 2,000 a second."""
+
+
+def run_async(main: Coroutine[Any, Any, float]) -> float:
+    """Run on uvloop, on which the daemon runs as well, where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    return uvloop.run(main)
+
+
+async def in_coroutines(put: Callable[[str], Coroutine[Any, Any, Any]], count: int, coroutines: int) -> float:
+    """Ops a second of *count* puts from so many coroutines, each waiting for its own."""
+
+    async def one(turn: int) -> None:
+        for number in range(turn, count, coroutines):
+            await put(id_of(number % IDS))
+
+    started = time.perf_counter()
+    await asyncio.gather(*map(one, range(coroutines)))
+    return count / (time.perf_counter() - started)
+
+
+# Rows 1 to 3.
+
+
+def holdfast_async(directory: str, count: int, coroutines: int) -> dict[str, float]:
+    """Durable puts embedded in asyncio."""
+
+    async def main() -> float:
+        async with holdfast.aio.open(directory) as hf:
+            return await in_coroutines(lambda id: hf.sessions.put(id, session_of(id)), count, coroutines)
+
+    return {"ops_s": run_async(main())}
+
+
+def redis_async(socket: str, count: int, coroutines: int) -> dict[str, float]:
+    """The same in redis.asyncio."""
+    import redis.asyncio
+
+    async def main() -> float:
+        client = redis.asyncio.Redis(unix_socket_path=socket, max_connections=coroutines)
+        try:
+            return await in_coroutines(lambda id: client.set(id, orjson.dumps(session_of(id))), count, coroutines)
+        finally:
+            await client.aclose()
+
+    return {"ops_s": run_async(main())}
+
+
+def holdfast_fill(directory: str, count: int) -> dict[str, float]:
+    """Store *count* sessions with one wait at the end, and leave them flushed."""
+    before = rss_bytes()
+    with holdfast.open(directory) as hf:
+        started = time.perf_counter()
+        with hf.pipeline():
+            put = hf.sessions.put
+            for number in range(count):
+                id = id_of(number)
+                put(id, session_of(id))
+        took = time.perf_counter() - started
+        return {"ops_s": count / took, "rss_bytes": rss_bytes(), "rss_before_bytes": before}
+
+
+def redis_fill(socket: str, count: int) -> dict[str, float]:
+    """The same in redis-py, in pipelines of 100, then saved to its RDB."""
+    import redis
+
+    client = redis.Redis(unix_socket_path=socket, socket_timeout=600)
+    started = time.perf_counter()
+    for first in range(0, count, PIPELINE):
+        pipeline = client.pipeline(transaction=False)
+        for number in range(first, min(first + PIPELINE, count)):
+            id = id_of(number)
+            pipeline.set(id, orjson.dumps(session_of(id)))
+        pipeline.execute()
+    took = time.perf_counter() - started
+    client.save()
+    return {"ops_s": count / took}
+
+
+def _gets(get: Callable[[str], Any], size: int, count: int) -> float:
+    """Gets a second of *count* of *size* sessions, in random order."""
+    rnd = random.Random(SEED)
+    ids = [id_of(rnd.randrange(size)) for _ in range(count)]
+    started = time.perf_counter()
+    for id in ids:
+        get(id)
+    return count / (time.perf_counter() - started)
+
+
+def holdfast_get(directory: str, size: int, count: int) -> dict[str, float]:
+    """Gets: decoded to a dict, and as bytes."""
+    with holdfast.open(directory) as hf:
+        assert len(hf.sessions) == size
+        assert hf.sessions.get(id_of(0)) is not None
+        return {
+            "ops_s": _gets(hf.sessions.get, size, count),
+            "bytes_ops_s": _gets(hf.sessions.record, size, count),
+        }
+
+
+def redis_get(socket: str, size: int, count: int) -> dict[str, float]:
+    """The same from redis-py."""
+    import redis
+
+    client = redis.Redis(unix_socket_path=socket)
+    return {
+        "ops_s": _gets(lambda id: orjson.loads(client.get(id)), size, count),
+        "bytes_ops_s": _gets(client.get, size, count),
+    }
+
+
+def diskcache_get(directory: str, size: int, count: int) -> dict[str, float]:
+    """The same from diskcache, filled here with its own settings."""
+    import diskcache
+
+    with diskcache.Cache(directory, size_limit=1 << 40) as cache:
+        with cache.transact():
+            for number in range(size):
+                id = id_of(number)
+                cache.set(id, orjson.dumps(session_of(id)))
+        return {
+            "ops_s": _gets(lambda id: orjson.loads(cache.get(id)), size, count),
+            "bytes_ops_s": _gets(cache.get, size, count),
+        }
+
+
+# Rows 7 to 9.
+
+
+def opened(directory: str) -> Engine:
+    """An engine that flushes only when told."""
+    return open_engine(Settings(data_dir=Path(directory), flush_every=1e9, journal_max=1 << 40))
+
+
+def holdfast_start(directory: str, size: int) -> dict[str, float]:
+    """Open a directory with *size* sessions."""
+    before = rss_bytes()
+    started = time.perf_counter()
+    engine = opened(directory)
+    took = time.perf_counter() - started
+    assert engine.count("sessions") == size
+    after = rss_bytes()
+    engine.close(flush=False)
+    return {"seconds": took, "rss_bytes": after, "rss_before_bytes": before}
+
+
+def decode_file(path: str) -> dict[str, float]:
+    """``orjson.loads`` of a whole file, read included."""
+    started = time.perf_counter()
+    records = orjson.loads(Path(path).read_bytes())
+    return {"seconds": time.perf_counter() - started, "records": len(records)}
+
+
+def _put(number: int) -> SessionPut:
+    id = id_of(number)
+    return SessionPut(id=id, value=session_of(id))
+
+
+def holdfast_flush(directory: str, size: int, rounds: int, quiet_s: float) -> dict[str, Any]:
+    """Flush *size* sessions while others ask, *rounds* times each kind; delays in seconds.
+
+    ``stalls`` are the longest delays of requests that come at a fixed pace, from the moment when each was due to its
+    decision and a read, during each flush; ``usual_stalls`` the same without a flush. ``durable`` and
+    ``usual_durable`` are those of single puts until they are durable.
+    """
+    engine = opened(directory)
+    assert engine.count("sessions") == size
+    stop = threading.Event()
+    delays: list[float] = []
+
+    def ask() -> None:
+        rnd = random.Random(SEED)
+        while not stop.is_set():
+            due = time.perf_counter() + REQUEST_EVERY_S
+            time.sleep(REQUEST_EVERY_S)
+            number = rnd.randrange(size)
+            engine.submit(_put(number))
+            engine.get("sessions", id_of(number))
+            delays.append(time.perf_counter() - due)
+
+    def put_durably() -> None:
+        rnd = random.Random(SEED)
+        while not stop.is_set():
+            started = time.perf_counter()
+            engine.submit(_put(rnd.randrange(size))).wait()
+            delays.append(time.perf_counter() - started)
+
+    def longest_during(work: Callable[[], None], others: Callable[[], None]) -> float:
+        delays.clear()
+        stop.clear()
+        thread = threading.Thread(target=others)
+        thread.start()
+        work()
+        stop.set()
+        thread.join()
+        return max(delays)
+
+    def flush() -> None:
+        reports.append(engine.flush("api"))
+
+    reports: list[Any] = []
+    alone = []
+    for number in range(rounds):
+        engine.submit(_put(number)).wait()
+        alone.append(engine.flush("api"))
+    result: dict[str, Any] = {
+        "seconds": min(report.duration_ms for report in alone) / 1000,
+        "bytes": alone[0].bytes,
+        "stalls": [longest_during(flush, ask) for _ in range(rounds)],
+        "usual_stalls": [longest_during(lambda: time.sleep(quiet_s), ask) for _ in range(rounds)],
+        "durable": [longest_during(flush, put_durably) for _ in range(rounds)],
+        "usual_durable": [longest_during(lambda: time.sleep(quiet_s), put_durably) for _ in range(rounds)],
+        "busy_seconds": sorted(report.duration_ms / 1000 for report in reports),
+    }
+    engine.close(flush=False)
+    return result
+
+
+if __name__ == "__main__":
+    print(msgspec.json.encode(globals()[sys.argv[1]](**orjson.loads(sys.argv[2]))).decode())

@@ -1,0 +1,294 @@
+"""Faults 2, 6, 8 and 9: a scripted life ended, or hindered, at each of its system calls."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.crash import life
+from tests.crash.harness import FULL, ROOT, SEED, clean_environ, complaints, needs_strace, report, serving, spread
+
+pytestmark = [pytest.mark.crash, needs_strace, pytest.mark.timeout(3600 if FULL else 120)]
+
+CHANGING = ("write", "pwrite64", "fdatasync", "fsync", "rename", "renameat", "unlink", "unlinkat", "ftruncate", "mkdirat",
+            "linkat")  # fmt: skip
+LIFE_S = 30.0
+
+
+class Place(NamedTuple):
+    """One system call of a life.
+
+    Attributes:
+        thread: ``main`` opens, flushes and closes; ``journal`` writes and syncs events.
+        call: its name.
+        number: counted from 1 among the calls of this name in this thread.
+        path: what it is about.
+    """
+
+    thread: str
+    call: str
+    number: int
+    path: str
+
+
+class Lived(NamedTuple):
+    """How a life went: its exit code (negative: the signal), how many steps it acknowledged, what it complained about."""
+
+    code: int
+    acknowledged: int
+    complaints: str
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> list[Place]:
+    """Every changing call of an undisturbed life, those of the journal thread after those of the main one."""
+    base = tmp_path_factory.mktemp("record")
+    trace = base / "trace"
+    command = [*_life(base / "data", base / "acknowledged")]
+    known = [call for call in CHANGING if _is_known(call)]
+    subprocess.run(
+        ["strace", "-f", "-y", "-o", str(trace), "-e", f"trace={','.join(known)}", *command],
+        check=True,
+        cwd=ROOT,
+        env=clean_environ(),
+        timeout=LIFE_S,
+    )
+    counts: Counter[tuple[str, str]] = Counter()
+    found: list[Place] = []
+    main = ""
+    for line in trace.read_text(errors="replace").splitlines():
+        match = re.match(r"(\d+) +(\w+)\((.*)", line)
+        if match is None:
+            continue
+        main = main or match[1]
+        thread = "main" if match[1] == main else f"journal {match[1]}"
+        counts[thread, match[2]] += 1
+        path = re.search(r"<([^>]*)>", match[3])
+        found.append(Place(thread, match[2], counts[thread, match[2]], path[1] if path else match[3][:60]))
+    # The life that can be attached to has one journal thread, the first.
+    journal = next(place.thread for place in found if place.thread != "main")
+    return [place for place in found if place.thread == "main"] + [
+        place._replace(thread="journal") for place in found if place.thread == journal
+    ]
+
+
+def test_kill_at_every_call(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed before any changing call of its life, it comes back by itself with every acknowledged op exactly once."""
+    chosen = _spread(places, 26)
+    wrong = []
+    for place in chosen:
+        data_dir = tmp_path / "data"
+        lived = _hinder(place, f"{place.call}:signal=KILL:when={place.number}", data_dir)
+        if lived.code != -9:
+            wrong.append(f"{place}: not killed, {lived}")
+        wrong += [f"{place}: {complaint}" for complaint in _complaints(data_dir, lived)]
+        shutil.rmtree(data_dir)
+
+    assert not wrong, wrong[:5]
+    report(capsys, f"{len(chosen)} of {len(chosen)} calls ({len(places)} in the life): killed there, 0 lost, 0 doubled")
+
+
+def test_two_kills(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed during a flush, and once more on the way back or in the next flush, it still loses and doubles nothing."""
+    renames = [place for place in places if place.call.startswith("rename") and place.thread == "main"]
+    chance = random.Random(SEED)
+    first = [place for place in renames if "manifest" not in place.path]
+    pairs = [
+        (chance.choice(first), chance.choice([place for place in places if place.thread == "main"]))
+        for _ in range(150 if FULL else 6)
+    ]
+    # The worst: each time in the middle of moving files into place.
+    pairs += [(one, other) for one in first[3:8:2] for other in renames[3:8:2]]
+    wrong = []
+    for one, other in pairs:
+        data_dir = tmp_path / "data"
+        lived = _hinder(one, f"{one.call}:signal=KILL:when={one.number}", data_dir)
+        shutil.copytree(data_dir, tmp_path / "copy")
+        ledger = life.ledger_after(lived.acknowledged)
+        if lived.acknowledged < life.STEPS:
+            ledger.propose()
+        wrong += [f"{one}: {complaint}" for complaint in complaints(tmp_path / "copy", [ledger])]
+        done = ledger.acknowledged
+        again = _hinder(other, f"{other.call}:signal=KILL:when={other.number}", data_dir, done=done)
+        wrong += [
+            f"{one}, then {other}: {complaint}"
+            for complaint in _complaints(data_dir, again._replace(acknowledged=done + again.acknowledged))
+        ]
+        shutil.rmtree(data_dir)
+        shutil.rmtree(tmp_path / "copy")
+
+    assert not wrong, wrong[:5]
+    report(capsys, f"{len(pairs)} of {len(pairs)} lives killed twice: 0 lost, 0 doubled")
+
+
+def test_a_sync_of_the_journal_fails(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """When the disk refuses to sync an event, nothing more is acknowledged, and nothing acknowledged is lost."""
+    syncs = [place for place in places if place.thread == "journal" and place.call == "fdatasync"]
+    chosen = _spread(syncs, 5)
+    wrong = []
+    for place in chosen:
+        data_dir = tmp_path / "data"
+        lived = _hinder(place, f"fdatasync:error=EIO:when={place.number}", data_dir)
+        if lived.code != 1 or "could not sync" not in lived.complaints or lived.acknowledged != place.number - 1:
+            wrong.append(f"{place}: {lived}")
+        wrong += [f"{place}: {complaint}" for complaint in _complaints(data_dir, lived)]
+        shutil.rmtree(data_dir)
+
+    assert not wrong, wrong[:5]
+    report(capsys, f"EIO at {len(chosen)} of {len(syncs)} syncs of the journal: each ended it, 0 acknowledged afterwards, 0 lost")
+
+
+def test_a_flush_meets_a_bad_disk(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """EIO from any sync, rename or write of a flush, a start or a stop: the old snapshot stands, nothing is lost."""
+    hindered = [place for place in places if place.thread == "main" and place.call in ("fsync", "renameat", "rename", "write")
+                and "acknowledged" not in place.path]  # fmt: skip
+    chosen = _spread(hindered, 14)
+    wrong = []
+    told = 0
+    for place in chosen:
+        data_dir = tmp_path / "data"
+        lived = _hinder(place, f"{place.call}:error=EIO:when={place.number}", data_dir)
+        told += bool(lived.complaints)
+        if not lived.complaints:
+            wrong.append(f"{place}: not told, {lived}")
+        if lived.complaints.startswith("flush") and lived.acknowledged != life.STEPS:
+            wrong.append(f"{place}: did not go on, {lived}")
+        wrong += [f"{place}: {complaint}" for complaint in _complaints(data_dir, lived)]
+        shutil.rmtree(data_dir)
+
+    assert not wrong, wrong[:5]
+    report(capsys, f"EIO at {len(chosen)} of {len(hindered)} calls of flush, start and stop: {told} told, 0 lost")
+
+
+def test_a_failed_flush_then_a_kill(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flush that fails half way leaves files that the next one replaces; killed there, nothing is lost either."""
+    renames = [place for place in places if place.thread == "main" and place.call.startswith("rename")]
+    into_place = [place for place in renames if place.number <= len(renames) // 3][2:]
+    chosen = _spread(into_place, 3)
+    wrong = []
+    for place in chosen:
+        for later in (4, 6, 11) if FULL else (6,):
+            data_dir = tmp_path / "data"
+            faults = [
+                f"{place.call}:error=EIO:when={place.number}",
+                # The flush after the failed one, while its first files move into place.
+                f"fsync:signal=KILL:when={_syncs_before(places, place) + later + 8}",
+            ]
+            lived = _hinder(place, faults[0], data_dir, more=faults[1:])
+            wrong += [f"{place} + {later}: {complaint}" for complaint in _complaints(data_dir, lived)]
+            shutil.rmtree(data_dir)
+
+    assert not wrong, wrong[:5]
+    report(capsys, f"{len(chosen)} flushes failed at a rename and killed in the next: 0 lost, 0 doubled")
+
+
+def test_a_disk_that_takes_only_a_part(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A write that says it took 7 bytes, and took none, spoils no event."""
+    writes = [place for place in places if place.thread == "journal" and place.call == "write"]
+    chosen = _spread(writes, 4)
+    wrong = []
+    for place in chosen:
+        data_dir = tmp_path / "data"
+        lived = _hinder(place, f"write:retval=7:when={place.number}", data_dir)
+        if lived.code != 0 or lived.acknowledged != life.STEPS:
+            wrong.append(f"{place}: {lived}")
+        wrong += [f"{place}: {complaint}" for complaint in _complaints(data_dir, lived)]
+        shutil.rmtree(data_dir)
+
+    assert not wrong, wrong[:5]
+    report(capsys, f"{len(chosen)} of {len(writes)} writes of the journal that lied: every event whole, 0 lost")
+
+
+@pytest.mark.parametrize("number", range(1, 51) if FULL else (1, 20))
+def test_the_daemon_ends_when_a_sync_fails(number: int, tmp_path: Path) -> None:
+    """Behind HTTP as well: the reason stands in the last log line, the exit code is 1, nothing acknowledged is lost."""
+    from tests.crash.harness import Load
+    from tests.crash.oracle import Ledger
+
+    data_dir = tmp_path / "data"
+    wrapper = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", f"inject=fdatasync:error=EIO:when={number}"]
+    ledgers = [Ledger(client, SEED) for client in range(2)]
+
+    with serving(data_dir, wrapper=wrapper) as served:
+        Load(served, ledgers).join()
+        code = served.wait()
+        last = served.events()[-1]
+
+    assert code == 1
+    assert last["event"] == "daemon.failed" and "could not sync" in last["reason"]
+    assert not complaints(data_dir, ledgers)
+
+
+def _life(data_dir: Path, acknowledged: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "tests.crash.life", str(data_dir), str(acknowledged), *arguments]
+
+
+def _hinder(place: Place, fault: str, data_dir: Path, *, done: int = 0, more: Sequence[str] = ()) -> Lived:
+    """A life of which *done* steps are behind it, with *fault* in the thread of *place*."""
+    acknowledged = data_dir.parent / "acknowledged"
+    acknowledged.unlink(missing_ok=True)
+    after = ["--after", str(done)] if done else []
+    faults = [argument for one in (fault, *more) for argument in ("-e", f"inject={one}")]
+    calls = ",".join(one.partition(":")[0] for one in (fault, *more))
+    strace = ["strace", "-qq", "-o", "/dev/null", "-e", f"trace={calls}", *faults]
+    if place.thread == "main":
+        lived = subprocess.run(
+            [*strace, *_life(data_dir, acknowledged, *after)],
+            cwd=ROOT,
+            env=clean_environ(),
+            stderr=subprocess.PIPE,
+            timeout=LIFE_S,
+            check=False,
+        )
+        code, complained = lived.returncode, lived.stderr
+    else:
+        code, complained = _hinder_journal(strace, _life(data_dir, acknowledged, "--wait", *after))
+    count = acknowledged.stat().st_size if acknowledged.exists() else 0
+    return Lived(code, count, complained.decode(errors="replace"))
+
+
+def _hinder_journal(strace: list[str], command: list[str]) -> tuple[int, bytes]:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=clean_environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as living:
+        assert living.stdout is not None and living.stdin is not None
+        thread = int(living.stdout.readline())
+        strace = [argument for argument in strace if argument != "-qq"]
+        with subprocess.Popen([*strace, "-p", str(thread)], stderr=subprocess.PIPE) as tracing:
+            assert tracing.stderr is not None
+            attached = tracing.stderr.readline()
+            assert b"attached" in attached, attached
+            _, complained = living.communicate(b"\n", timeout=LIFE_S)
+            tracing.stderr.read()
+    return living.returncode, complained
+
+
+def _complaints(data_dir: Path, lived: Lived) -> list[str]:
+    ledger = life.ledger_after(lived.acknowledged)
+    if lived.acknowledged < life.STEPS:
+        ledger.propose()
+    return complaints(data_dir, [ledger])
+
+
+def _spread(places: list[Place], short: int) -> list[Place]:
+    return places if FULL else [places[number - 1] for number in spread(len(places), short)]
+
+
+def _syncs_before(places: list[Place], place: Place) -> int:
+    """How many times the main thread synced before *place*."""
+    before = places[: places.index(place)]
+    return sum(one.thread == "main" and one.call == "fsync" for one in before)
+
+
+def _is_known(call: str) -> bool:
+    """Whether this machine has the call; newer architectures lack rename and unlink."""
+    return subprocess.run(["strace", "-o", "/dev/null", "-e", f"trace={call}", "true"], capture_output=True, check=False).returncode == 0
