@@ -152,7 +152,7 @@ _tails = st.sampled_from(
 )
 
 _fuzz = settings(
-    max_examples=int(os.environ.get("HOLDFAST_FUZZ_EXAMPLES", "400")),
+    max_examples=20_000 if os.environ.get("HOLDFAST_CRASH") == "full" else 400,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -6,8 +6,8 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
-from typing import Any
+from contextvars import ContextVar, Token
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -119,9 +119,25 @@ class Stats(StatsOps[Awaitable[Answer]]):
         return sales_of(self._engine)
 
 
-# The block that the present task is in; tasks started inside a block are not part of it.
-_atomic: ContextVar[list[AnyOp] | None] = ContextVar("holdfast_atomic", default=None)
-_pipeline: ContextVar[list[Ticket] | None] = ContextVar("holdfast_pipeline", default=None)
+class _Block(NamedTuple):
+    """An atomic or pipeline block.
+
+    Attributes:
+        owner, task: whose it is. A task started inside inherits the context, but is not part of the block, which may
+            be over long before it.
+        ops: gathered by an atomic block; None in a pipeline.
+        tickets: of a pipeline, one for each batch that its ops are written in.
+        durability: of a pipeline's ops.
+    """
+
+    owner: AsyncHoldfast
+    task: asyncio.Task[Any] | None
+    ops: list[AnyOp] | None
+    tickets: list[Ticket]
+    durability: Durability | None
+
+
+_block: ContextVar[_Block | None] = ContextVar("holdfast_block", default=None)
 
 
 class AsyncHoldfast:
@@ -140,27 +156,25 @@ class AsyncHoldfast:
 
     @asynccontextmanager
     async def atomic(self, *, durability: Durability | None = None) -> AsyncIterator[None]:
-        """As ``Holdfast.atomic``, for the ops of this task."""
-        _refuse_nesting()
+        """As ``Holdfast.atomic``, for the ops of this task; those of tasks it starts are on their own."""
         ops: list[AnyOp] = []
-        token = _atomic.set(ops)
+        token = self._enter(ops, [], durability)
         try:
             yield
         finally:
-            _atomic.reset(token)
+            _block.reset(token)
         if ops:
             await self.engine.submit_batch(Batch(ops=ops, atomic=True), durability=durability).committed()
 
     @asynccontextmanager
-    async def pipeline(self) -> AsyncIterator[None]:
-        """As ``Holdfast.pipeline``, for the ops of this task."""
-        _refuse_nesting()
+    async def pipeline(self, *, durability: Durability | None = None) -> AsyncIterator[None]:
+        """As ``Holdfast.pipeline``, for the ops of this task; those of tasks it starts are on their own."""
         tickets: list[Ticket] = []
-        token = _pipeline.set(tickets)
+        token = self._enter(None, tickets, durability)
         try:
             yield
         finally:
-            _pipeline.reset(token)
+            _block.reset(token)
             for ticket in tickets:
                 await ticket.committed()
 
@@ -172,19 +186,30 @@ class AsyncHoldfast:
         return self._submit(op, durability)
 
     async def _submit(self, op: AnyOp, durability: Durability | None) -> Answer:
-        ops = _atomic.get()
-        if ops is not None:
-            ops.append(op)
-            return Answer(status=200, seq=0)
-        ticket = self.engine.submit(op, durability=durability)
-        tickets = _pipeline.get()
-        if tickets is not None and ticket.outcomes:
-            note_ticket(tickets, ticket)
-        else:
+        block = self._present_block()
+        if block is None:
+            ticket = self.engine.submit(op, durability=durability)
             await ticket.committed()
+            return ticket.answer
+        if block.ops is not None:
+            block.ops.append(op)
+            return Answer(status=200, seq=0)
+        ticket = self.engine.submit(op, durability=durability or block.durability)
+        if not ticket.outcomes:
+            await ticket.committed()  # raises the refusal
+        note_ticket(block.tickets, ticket)
         return ticket.answer
 
+    def _present_block(self) -> _Block | None:
+        block = _block.get()
+        if block is None or block.owner is not self or block.task is not asyncio.current_task():
+            return None
+        return block
 
-def _refuse_nesting() -> None:
-    if _atomic.get() is not None or _pipeline.get() is not None:
-        raise BadRequest("atomic and pipeline blocks cannot be nested; end the outer one first")
+    def _enter(self, ops: list[AnyOp] | None, tickets: list[Ticket], durability: Durability | None) -> _Token:
+        if self._present_block() is not None:
+            raise BadRequest("atomic and pipeline blocks cannot be nested; end the outer one first")
+        return _block.set(_Block(self, asyncio.current_task(), ops, tickets, durability))
+
+
+_Token = Token[_Block | None]

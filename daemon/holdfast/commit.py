@@ -159,14 +159,16 @@ class Committer:
             if batch is None:
                 batch = self._deferred = Batch()
                 batch.is_deferred = batch.is_done = True
-            self.deferred_bytes += len(payload)
         else:
             batch = self._gathering
             if (durability or self.durability) == "always":
                 batch.needs_sync = True
             if not self._wake.is_set():
                 self._wake.set()
-        batch.lines.append(encode_line(payload))
+        line = encode_line(payload)
+        if not undoable:
+            self.deferred_bytes += len(line)
+        batch.lines.append(line)
         batch.last_seq = seq
         return batch
 
@@ -209,7 +211,12 @@ class Committer:
             assert self._checkpoint is None, "two checkpoints at once"
             self._checkpoint = checkpoint
             self._wake.set()
-        checkpoint.done.wait()
+        try:
+            checkpoint.done.wait()
+        except BaseException:
+            # A KeyboardInterrupt. The thread may be about to call *begin*, which the caller must not outrun.
+            checkpoint.done.wait()
+            raise
         if checkpoint.error is not None:
             raise checkpoint.error
         return checkpoint.seq
@@ -239,6 +246,9 @@ class Committer:
             self._broken = JournalBroken(f"the journal thread failed: {error!r}; restart to recover")
             self._log.exception("journal.failed")
             self._fail(self._writing or Batch(), self._broken, None)
+            if self._checkpoint is not None:
+                self._checkpoint.error = self._broken
+                self._checkpoint.done.set()
             self.on_broken(self._broken)
 
     def _write_batches(self) -> None:
@@ -250,7 +260,7 @@ class Committer:
             deferred = checkpoint = None
             with self.lock:
                 batch, self._gathering = self._gathering, Batch()
-                checkpoint, self._checkpoint = self._checkpoint, None
+                checkpoint = self._checkpoint
                 # What was deferred precedes what gathered, so it must reach the disk before.
                 if batch.lines or checkpoint:
                     deferred, self._deferred = self._deferred, None
@@ -266,6 +276,7 @@ class Committer:
             error = self._write(deferred, batch, checkpoint)
             self._busy_since = None
             if checkpoint:
+                self._checkpoint = None
                 checkpoint.error = error
                 checkpoint.done.set()
 
@@ -316,7 +327,8 @@ class Committer:
 
     def _write_deferred(self, deferred: Batch) -> None:
         self._journal.append(b"".join(deferred.lines), deferred.last_seq)
-        self.deferred_bytes = 0
+        with self.lock:  # others may be deferred meanwhile
+            self.deferred_bytes -= sum(map(len, deferred.lines))
         if self._unsynced_since is None:
             self._unsynced_since = self._clock.monotonic()
 
@@ -354,7 +366,7 @@ class Committer:
             self.on_full(is_full)
 
     def _next_sync_s(self) -> float | None:
-        if self._unsynced_since is None:
+        if self._unsynced_since is None or self._broken is not None:
             return None
         return max(0.0, self._unsynced_since + SYNC_EVERY_S - self._clock.monotonic())
 

@@ -12,21 +12,21 @@ import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from zoneinfo import ZoneInfo
 
 import msgspec
 import orjson
 
 from holdfast import record
-from holdfast.clock import Clock, format_ms, parse_ms
+from holdfast.clock import Clock, format_ms
 from holdfast.commit import Batch as WriteBatch
 from holdfast.commit import Committer
 from holdfast.core.collection import SHARDS
-from holdfast.core.decide import Rules, decide, decide_expiry
+from holdfast.core.decide import Rules, activity_ms, decide, decide_expiry
 from holdfast.core.event import Event, encode_event
 from holdfast.core.sales import encode_sales
-from holdfast.core.state import COMPLETED_ORDERS, ORDERS, SESSIONS, State, answer_of, apply
+from holdfast.core.state import COMPLETED_ORDERS, KEYS, LEASES, ORDERS, SESSIONS, USERS, State, answer_of, apply
 from holdfast.disk.files import DirectoryLock
 from holdfast.disk.journal import Journal
 from holdfast.errors import BadRequest, ForkedProcess, HoldfastError, StorageFull, TooLarge, Unavailable
@@ -38,6 +38,9 @@ from holdfast.values import ValueLimits
 
 EXPIRE_AT_ONCE = 1_000
 """Sessions that one ``session.expire`` event may hold, so that no event and no wait for the lock is long."""
+
+PAGE_BYTES_MAX = 8 << 20
+"""Of the values in one page; it may then be short, with a cursor to go on."""
 
 PAGE_LOOKS_AT_MOST = 5_000
 """Records that one filtered page examines; it may then be short, with a cursor to go on."""
@@ -181,6 +184,8 @@ class Engine:
             HoldfastError: refused; nothing was changed. A refusal that rests on what is not durable yet comes from
                 the ticket's wait instead.
         """
+        if durability is not None:
+            _check_durability(durability)
         with self._lock:
             if self._refusal is not None:
                 raise self._refusal
@@ -195,6 +200,7 @@ class Engine:
             HoldfastError: an op of an atomic batch is refused; its attribute ``index`` says which. Or the batch as a
                 whole is.
         """
+        _check_durability(durability)
         ops_max = self.settings.limits.batch_ops
         if len(batch.ops) > ops_max:
             raise TooLarge(f"a batch may have {ops_max} ops, this one has {len(batch.ops)}")
@@ -231,9 +237,11 @@ class Engine:
         undoable = committer.is_undoable(durability)
         if not undoable:
             self._check_room()
+        # Before anything is changed: what cannot be encoded must not have happened.
+        payload = encode_event(decided)
         apply(state, decided, now_ms, undoable=undoable)
         seq = decided.seq
-        batch = committer.add(encode_event(decided), seq, durability, undoable=undoable)
+        batch = committer.add(payload, seq, durability, undoable=undoable)
         return Ticket([answer_of(decided, seq)], seq, batch)
 
     def _decide_together(self, ops: list[AnyOp], durability: Durability | None) -> Ticket:
@@ -260,11 +268,11 @@ class Engine:
                     events.append(decided)
                 else:
                     outcomes.append(decided)
+            payload = encode_event(Event(seq, format_ms(now_ms), "batch", events=events))
         if not events:
             return Ticket(outcomes, state.seq, in_flight)
-        whole = Event(seq, format_ms(now_ms), "batch", events=events)
         state.seq = seq
-        batch = committer.add(encode_event(whole), seq, durability, undoable=undoable)
+        batch = committer.add(payload, seq, durability, undoable=undoable)
         return Ticket(outcomes, seq, batch)
 
     def _check_room(self) -> None:
@@ -317,17 +325,21 @@ class Engine:
     def _forget_old(self, now_ms: int) -> None:
         """Drop book-keeping that no decision looks at any more; replay would only bring it back to be dropped again."""
         state = self._state
-        with self._lock:
-            for wheel, collection in ((state.lease_wheel, state.leases), (state.key_wheel, state.keys)):
-                for id in wheel.take_due(now_ms, EXPIRE_AT_ONCE):
-                    line = collection.get(id)
-                    if line is None:
-                        continue
-                    due = forgotten_ms(collection.name, line)
-                    if due > now_ms:
-                        wheel.schedule(id, due)
-                    else:
-                        collection.set(id, None, collection.changed_seq, undoable=False)
+        for wheel, collection in ((state.lease_wheel, state.leases), (state.key_wheel, state.keys)):
+            looked = True
+            while looked:
+                with self._lock:
+                    ids = wheel.take_due(now_ms, EXPIRE_AT_ONCE)
+                    for id in ids:
+                        line = collection.get(id)
+                        if line is None:
+                            continue
+                        due = forgotten_ms(collection.name, line)
+                        if due > now_ms:
+                            wheel.schedule(id, due)
+                        else:
+                            collection.set(id, None, collection.changed_seq, undoable=False)
+                looked = bool(ids)
 
     # Reading. Only what is durable is seen.
 
@@ -369,21 +381,26 @@ class Engine:
             BadRequest: a cursor of another list, or a filter that this collection does not have.
         """
         self._check_readable()
+        if limit < 1:
+            raise BadRequest(f"limit must be 1 or more, found {limit}")
         names = [ORDERS, COMPLETED_ORDERS] if collection == ORDERS else [collection]
         parts = [part for name in names if (part := self._state.collections.get(name)) is not None]
         matches = self._filter(collection, since_ms, state)
         first_place, after = _decode_cursor(cursor, collection)
         items: list[Record] = []
-        looks = 0
+        looks = size = 0
         for place in range(first_place, len(parts) * SHARDS):
             part = parts[place // SHARDS]
-            ids = sorted(part.committed_shard(place % SHARDS))
+            with self._lock:
+                ids = list(part.committed_shard(place % SHARDS))
+            ids.sort()
             for id in ids[bisect_right(ids, after) :] if after else ids:
                 line = part.committed(id)
                 looks += 1
                 if line is not None and (matches is None or matches(line)):
                     items.append(_record(id, line))
-                if len(items) == limit or looks == PAGE_LOOKS_AT_MOST:
+                    size += len(line)
+                if len(items) == limit or looks == PAGE_LOOKS_AT_MOST or size >= PAGE_BYTES_MAX:
                     return Page(items, _encode_cursor(collection, place, id))
             after = ""
         return Page(items, None)
@@ -406,15 +423,16 @@ class Engine:
             if since_ms is None:
                 return True
             if collection == SESSIONS:
-                return parse_ms(value[rules.session_time_field], rules.zone) >= since_ms
+                return activity_ms(line, rules) >= since_ms
             return (record.header_of(line).at or 0) >= since_ms
 
         return matches
 
     def count(self, collection: str) -> int:
-        """How many records, with those being written."""
-        found = self._state.collections.get(collection)
-        return found.count if found is not None else 0
+        """How many records, in their last durable state."""
+        with self._lock:
+            found = self._state.collections.get(collection)
+            return found.committed_count() if found is not None else 0
 
     def collection_names(self) -> list[str]:
         """The custom collections that hold something."""
@@ -423,22 +441,26 @@ class Engine:
     def sales(self) -> bytes:
         """The sales figures in their last durable state, as in ``sales_stats.json``."""
         self._check_readable()
-        return encode_sales(self._state.committed_sales)
+        with self._lock:
+            sales = self._state.committed_sales
+        return encode_sales(sales)
 
     def status(self) -> dict[str, Any]:
         """Counts, seqs, sizes and the last flush, for people and monitors."""
         state, journal = self._state, self._journal
         last = self._flusher.last_report
+        with self._lock:
+            count = {name: found.committed_count() for name, found in state.collections.items()}
         return {
             "data_dir": str(self.settings.data_dir),
             "uptime_s": round(self._clock.monotonic() - self._started, 1),
-            "sessions": state.sessions.count,
-            "pending_orders": state.orders.count,
-            "completed_orders": state.completed_orders.count,
-            "users": state.users.count,
-            "collections": {found.name: found.count for found in list(state.custom())},
-            "leases": state.leases.count,
-            "idempotency_keys": state.keys.count,
+            "sessions": count[SESSIONS],
+            "pending_orders": count[ORDERS],
+            "completed_orders": count[COMPLETED_ORDERS],
+            "users": count[USERS],
+            "collections": {found.name: count[found.name] for found in list(state.custom())},
+            "leases": count[LEASES],
+            "idempotency_keys": count[KEYS],
             "seq": state.seq,
             "durable_seq": journal.synced_seq,
             "snapshot_seq": self._flusher.snapshot_seq,
@@ -542,6 +564,9 @@ class Engine:
         self._refusal = ForkedProcess(
             f"opened by process {os.getppid()}; a forked child must open or connect for itself"
         )
+        # A thread of the parent may have held them at the fork; here nobody would ever release them.
+        self._lock = threading.Lock()
+        self._close_guard = threading.Lock()
         if self._directory_lock is not None:
             self._directory_lock.abandon()
 
@@ -582,6 +607,14 @@ class _ConfirmedClock:
             return wall_ms, 0
         told, self._has_told = self._has_told, True
         return expected_ms, 0 if told else ahead_ms
+
+
+def _check_durability(durability: Durability | None) -> None:
+    if durability is not None and durability not in _DURABILITIES:
+        raise BadRequest(f"durability must be one of {', '.join(_DURABILITIES)}, found {durability!r:.80}")
+
+
+_DURABILITIES = get_args(Durability)
 
 
 def _record(id: str, line: bytes) -> Record:

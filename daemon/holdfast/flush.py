@@ -82,13 +82,25 @@ class Flusher:
         last_error: why the last one failed; None when it did not.
     """
 
-    def __init__(self, directory: Directory, journal: Journal, manifest: Manifest, clock: Clock, log: Any) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        journal: Journal,
+        manifest: Manifest,
+        loaded: dict[str, tuple[int, int]],
+        clock: Clock,
+        log: Any,
+    ) -> None:
+        """Begin with the files of *manifest*, and with those *loaded* (name to size and mtime_ns) that others wrote."""
         self.followers: dict[str, Callable[[], int]] = {}
         self.last_report: FlushReport | None = None
         self.last_error: Exception | None = None
         self._directory = directory
         self._journal = journal
         self._manifest = manifest
+        self._loaded = loaded
+        # Of a flush that failed while its files moved into place.
+        self._interrupted: Manifest | None = None
         self._clock = clock
         self._log = log
         self._running = threading.Lock()
@@ -113,16 +125,20 @@ class Flusher:
             if run is None:
                 run = self._next = _Run()
         if is_mine:
-            with self._running:
-                with self._guard:
-                    # From here on its picture may be taken; who comes later needs the one after it.
-                    self._next = None
-                try:
+            try:
+                with self._running:
+                    with self._guard:
+                        # From here on its picture may be taken; who comes later needs the one after it.
+                        self._next = None
                     run.report = self._flush(reason, committer, state)
-                except BaseException as error:
-                    run.error = error
-                finally:
-                    run.done.set()
+            except BaseException as error:
+                run.error = error
+            finally:
+                with self._guard:
+                    # Still so when the wait for the running flush was broken off, by a KeyboardInterrupt.
+                    if self._next is run:
+                        self._next = None
+                run.done.set()
         else:
             run.done.wait()
         if run.report is None:
@@ -191,6 +207,7 @@ class Flusher:
         )
 
     def _publish(self, staged: dict[str, FileEntry], seq: int) -> None:
+        self._settle_interrupted()
         manifest = Manifest(
             holdfast=__version__,
             at=format_ms(self._clock.now_ms()),
@@ -199,17 +216,33 @@ class Flusher:
         )
         self._keep_what_others_wrote(staged)
         self._directory.write_atomic(MANIFEST_NEXT, [encode_manifest(manifest)])
+        self._interrupted = manifest
         self._directory.publish(staged)
         self._directory.rename(MANIFEST_NEXT, MANIFEST)
         self._directory.sync()
-        self._manifest = manifest
+        self._manifest, self._interrupted = manifest, None
+
+    def _settle_interrupted(self) -> None:
+        """Put into the manifest what a flush that failed moved into place, before the manifest that knows it is replaced."""
+        if self._interrupted is None:
+            return
+        moved = {
+            name: entry
+            for name, entry in self._interrupted.files.items()
+            if (found := self._directory.stat(name))
+            and (found.st_size, found.st_mtime_ns) == (entry.bytes, entry.mtime_ns)
+        }
+        settled = msgspec.structs.replace(self._manifest, files=self._manifest.files | moved)
+        self._directory.write_atomic(MANIFEST, [encode_manifest(settled)])
+        self._manifest, self._interrupted = settled, None
 
     def _keep_what_others_wrote(self, staged: dict[str, FileEntry]) -> None:
         """Copy aside each file about to be replaced that somebody changed while we ran."""
         for name in staged:
             ours = self._manifest.files.get(name)
+            known = self._loaded.get(name) if ours is None else (ours.bytes, ours.mtime_ns)
             found = self._directory.stat(name)
-            if ours is None or found is None or (found.st_size, found.st_mtime_ns) == (ours.bytes, ours.mtime_ns):
+            if found is None or (found.st_size, found.st_mtime_ns) == known:
                 continue
             with self._directory.subdirectory("backups") as backups:
                 place = f"edited-{format_ms(self._clock.now_ms()).replace(':', '')}"

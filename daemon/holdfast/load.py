@@ -61,8 +61,27 @@ def load_trusted(
 
     Raises:
         ChecksumMismatchError: it is not what we wrote; *collection* may hold wrong records and must be discarded.
+        KeyError, ValueError: it was written when the settings named other fields; likewise.
         OSError: it cannot be read.
     """
+    try:
+        _load_blocks(directory, name, entry, state, collection, rules, on_block)
+    except (KeyError, TypeError, ValueError, OverflowError, msgspec.DecodeError):
+        # The checksum of the whole comes last; until then a changed bit may look like anything.
+        for _ in read_blocks(directory, name, entry):
+            pass
+        raise
+
+
+def _load_blocks(
+    directory: Directory,
+    name: str,
+    entry: FileEntry,
+    state: State,
+    collection: Collection,
+    rules: Rules,
+    on_block: Callable[[int], None],
+) -> None:
     opening = b'{"%b":"' % id_field_of(collection.name, rules).encode()
     is_sessions = collection.name == SESSIONS
     for block in read_blocks(directory, name, entry):
@@ -189,7 +208,9 @@ def _foreign_line(collection: str, value: Any, rules: Rules, now_ms: int, *, bum
         if bump_versions:
             header = msgspec.structs.replace(header, v=header.v + 1)
     else:
-        header = record.Header(at=None if collection == SESSIONS else now_ms)
+        # What is completed here was counted by whoever completed it.
+        is_counted = collection == COMPLETED_ORDERS and value.get("status") != "cancelled"
+        header = record.Header(at=None if collection == SESSIONS else now_ms, counted=is_counted)
         if collection in (ORDERS, COMPLETED_ORDERS) and not value.get("recipientPhone"):
             raise ValueError("no recipientPhone")
     if collection == SESSIONS:

@@ -13,6 +13,8 @@ A value is never an empty object: it holds at least its id, so the comma is alwa
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 HEADER_KEY = "_holdfast"
@@ -21,6 +23,9 @@ HEADER_KEY = "_holdfast"
 _MARK = b',"_holdfast":{'
 _BEFORE_BRACE = len(_MARK) - 1
 _VERSION_AT = len(b'{"v":')
+
+_VERSION_MAX = 2**53
+"""What an edited header may say: exact in every JSON reader, and too far from 64 bits to count up to them."""
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -33,7 +38,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
         counted: the completion of this order is in the sales statistics.
     """
 
-    v: int = 1
+    v: Annotated[int, msgspec.Meta(ge=1, le=_VERSION_MAX)] = 1
     ttl: int | None = None
     at: int | None = None
     counted: bool = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from typing import Any
+from zlib import crc32
 
 import msgspec
 import structlog
@@ -27,6 +28,7 @@ from holdfast.disk.snapshot import (
     ChecksumMismatchError,
     FileEntry,
     Manifest,
+    encode_manifest,
     read_manifest,
     salvage,
 )
@@ -113,7 +115,8 @@ class _Recovery:
         self._counts = Counts()
         # Names of files whose content differs from what memory now holds: kept before anything replaces them.
         self._replaced: set[str] = set()
-        self._unlisted: set[str] = set()
+        # Files that an interrupted flush moved into place; only its own manifest knows them.
+        self._moved: dict[str, FileEntry] = {}
         self._damages: list[str] = []
         self._ignored: dict[str, str] = {}
         # What is done for each damaged file once it is certain that the start goes on.
@@ -135,18 +138,21 @@ class _Recovery:
 
         # From here on the disk is changed.
         self._directory.remove_stale_temporaries()
+        if self._moved:
+            # Before the next flush replaces the manifest that knows them.
+            self._manifest = msgspec.structs.replace(self._manifest, files=self._manifest.files | self._moved)
+            self._directory.write_atomic(MANIFEST, [encode_manifest(self._manifest)])
         self._keep_evidence()
         self._keep_replaced()
         journal = self._open_journal(journal_directory, history)
         manifest = msgspec.structs.replace(
             self._manifest,
-            files={
-                name: entry
-                for name, entry in self._manifest.files.items()
-                if name not in self._replaced and name not in self._unlisted
-            },
+            files={name: entry for name, entry in self._manifest.files.items() if name not in self._replaced},
         )
-        flusher = Flusher(self._directory, journal, manifest, self._clock, self._log)
+        loaded = {
+            name: (found.st_size, found.st_mtime_ns) for name in self._replaced if (found := self._directory.stat(name))
+        }
+        flusher = Flusher(self._directory, journal, manifest, loaded, self._clock, self._log)
         engine = Engine(
             self._settings,
             self._state,
@@ -188,12 +194,12 @@ class _Recovery:
                 manifests[name] = None
                 if name == MANIFEST:
                     self._note_damage(name, f"{name}: {error}", "the files themselves")
-        found, following = manifests[MANIFEST], manifests[MANIFEST_NEXT]
-        self._has_manifest = found is not None or following is not None
-        self._manifest = found or following or Manifest()
+        found = manifests[MANIFEST]
+        self._has_manifest = found is not None
+        self._manifest = found or Manifest()
         # A flush that was interrupted while its files moved into place: each file is the old or the new one, and
-        # replay from the old seq is right over both.
-        self._alternative = following if found is not None else None
+        # replay from the old seq is right over both. The first flush ever has no old manifest; its seq is 0.
+        self._alternative = manifests[MANIFEST_NEXT]
 
     def _load_snapshots(self) -> None:
         names = {file_of(name): name for name in BUILT_IN}
@@ -213,14 +219,12 @@ class _Recovery:
         self._load_sales()
 
     def _load_collection(self, file: str, name: str) -> None:
-        entries = [
-            entry
-            for manifest in (self._manifest, self._alternative)
-            if manifest is not None and (entry := manifest.files.get(file)) is not None
-        ]
+        entries = self._entries_of(file)
+        known = self._manifest.files.get(file)
         if self._directory.stat(file) is None:
-            if entries and entries[0].records:
-                self._lose(file, f"{file} is missing; it held {entries[0].records} records", 0)
+            if known is not None and known.records:
+                self._replaced.add(file)
+                self._lose(file, f"{file} is missing; it held {known.records} records", 0)
             return
         for entry in entries:
             collection = Collection(name)
@@ -230,14 +234,22 @@ class _Recovery:
                 )
             except ChecksumMismatchError:
                 continue
+            except (KeyError, TypeError, ValueError, OverflowError, msgspec.DecodeError):
+                # Whole, but written under other field names: for these settings as foreign as any other file.
+                known = None
+                break
             except OSError:
                 break
             self._adopt(collection, entry.seq)
-            if entry is not entries[0]:
-                # Known to the interrupted flush's manifest only; the next flush writes it under its own.
-                self._unlisted.add(file)
+            if entry is not known:
+                self._moved[file] = entry
             return
-        self._load_changed(file, name, is_ours=bool(entries) or name in BUILT_IN, known=entries[0] if entries else None)
+        self._load_changed(file, name, is_ours=bool(entries) or name in BUILT_IN, known=known)
+
+    def _entries_of(self, file: str) -> list[FileEntry]:
+        """What *file* may be as we left it: by the manifest, or by the one of an interrupted flush."""
+        manifests = [self._manifest] if self._alternative is None else [self._manifest, self._alternative]
+        return [manifest.files[file] for manifest in manifests if file in manifest.files]
 
     def _load_changed(self, file: str, name: str, *, is_ours: bool, known: FileEntry | None) -> None:
         """Load a file that is not as we left it: an old bot's, one edited by hand, or a damaged one."""
@@ -248,6 +260,7 @@ class _Recovery:
                 self._ignore(file, name, f"it cannot be read: {error.strerror}")
                 return
             self._set_aside(file)
+            self._replaced.add(file)
             self._lose(file, f"{file} cannot be read: {error.strerror}", 0)
             return
         if not is_ours and not found.is_whole:
@@ -268,23 +281,29 @@ class _Recovery:
             self._quarantine_copy(self._directory, file, found.reason)
             self._lose(file, f"{file} was damaged ({found.reason}): {counts.loaded} whole records saved", counts.loaded)
         elif known is not None:
-            is_same_time = (status := self._directory.stat(file)) and status.st_mtime_ns == known.mtime_ns
-            if is_same_time:
-                # Nobody wrote it, yet it changed: the disk did.
-                self._quarantine_copy(self._directory, file, "content changed without being written")
-                self._lose(file, f"{file} changed on the disk without being written", counts.loaded)
-            else:
-                self._log.warning("snapshot.edited", file=file, records=counts.loaded)
+            self._judge_change(file, known, counts.loaded)
+
+    def _judge_change(self, file: str, known: FileEntry, records: int) -> None:
+        """Tell an edit from damage: a readable *file* is not as we left it."""
+        found = self._directory.stat(file)
+        if found is not None and found.st_mtime_ns == known.mtime_ns:
+            # Nobody wrote it, yet it changed: the disk did.
+            self._quarantine_copy(self._directory, file, "content changed without being written")
+            self._lose(file, f"{file} changed on the disk without being written", records)
+        else:
+            self._log.warning("snapshot.edited", file=file, records=records)
 
     def _load_sales(self) -> None:
         if self._directory.stat(SALES_FILE) is None:
             if SALES_FILE in self._manifest.files:
+                self._replaced.add(SALES_FILE)
                 self._lose(SALES_FILE, f"{SALES_FILE} is missing", 0)
             return
         try:
             raw = self._directory.read(SALES_FILE)
         except OSError as error:
             self._set_aside(SALES_FILE)
+            self._replaced.add(SALES_FILE)
             self._lose(SALES_FILE, f"{SALES_FILE} cannot be read: {error.strerror}", 0)
             return
         try:
@@ -294,6 +313,13 @@ class _Recovery:
             self._lose(SALES_FILE, f"{SALES_FILE} was damaged: {error}", 0)
             self._replaced.add(SALES_FILE)
             return
+        known = self._manifest.files.get(SALES_FILE)
+        ours = [entry for entry in self._entries_of(SALES_FILE) if entry.crc32 == f"{crc32(raw):08x}"]
+        if ours and ours[0] is not known:
+            self._moved[SALES_FILE] = ours[0]
+        elif known is not None and not ours:
+            self._replaced.add(SALES_FILE)
+            self._judge_change(SALES_FILE, known, len(sales.days))
         oldest = oldest_day(self._now_ms, self._rules.zone, self._rules.keep_days)
         kept = sales.replaced(None, None, oldest)
         if len(kept.days) != len(sales.days):
@@ -313,7 +339,7 @@ class _Recovery:
         if not history.segments and after:
             self._damages.append(f"the journal is missing; changes after event {after} are lost if there were any")
             self._log.error("journal.damaged", segment="journal/", offset=0, bytes=0, reason="no segment found")
-        if not self._has_manifest and history.lines and history.lines[0].seq > 1:
+        if not self._has_manifest and history.gaps and history.gaps[0][0] == 1:
             # Without a manifest nobody knows what the files hold; only holes inside the journal can be told.
             history = history._replace(gaps=history.gaps[1:])
         for damage in history.damages:

@@ -17,7 +17,7 @@ async def answer(request: web.BaseRequest) -> web.Response:
 
 async def serve(form: str) -> None:
     """Listen on a free port, print it, and serve until killed."""
-    runner: web.BaseRunner[web.Request] | web.BaseRunner[web.BaseRequest]
+    runner: web.BaseRunner
     if form == "application":
         application = web.Application()
         application.router.add_put("/v1/sessions/{id}", answer)

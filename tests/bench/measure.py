@@ -87,4 +87,6 @@ def machine(directory: Path) -> str:
         model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), model)
     syncs = sorted(write_and_sync(directory / "sync", 4096) for _ in range(50))
     busy = f", load {os.getloadavg()[0]:.1f}"
-    return f"{model}, {os.cpu_count()} cores{busy}, {platform.platform()}; write + fsync of 4 KiB {syncs[25] * 1e6:.0f} us"
+    return (
+        f"{model}, {os.cpu_count()} cores{busy}, {platform.platform()}; write + fsync of 4 KiB {syncs[25] * 1e6:.0f} us"
+    )

@@ -10,7 +10,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def run_async(main: Coroutine[Any, Any, float]) -> float:
     return uvloop.run(main)
 
 
-async def in_coroutines(put: Callable[[str], Coroutine[Any, Any, Any]], count: int, coroutines: int) -> float:
+async def in_coroutines(put: Callable[[str], Awaitable[Any]], count: int, coroutines: int) -> float:
     """Ops a second of *count* puts from so many coroutines, each waiting for its own."""
 
     async def one(turn: int) -> None:
@@ -138,7 +138,7 @@ def redis_get(socket: str, size: int, count: int) -> dict[str, float]:
     """The same from redis-py."""
     import redis
 
-    client = redis.Redis(unix_socket_path=socket)
+    client: Any = redis.Redis(unix_socket_path=socket)
     return {
         "ops_s": _gets(lambda id: orjson.loads(client.get(id)), size, count),
         "bytes_ops_s": _gets(client.get, size, count),
@@ -147,7 +147,7 @@ def redis_get(socket: str, size: int, count: int) -> dict[str, float]:
 
 def diskcache_get(directory: str, size: int, count: int) -> dict[str, float]:
     """The same from diskcache, filled here with its own settings."""
-    import diskcache
+    import diskcache  # type: ignore[import-untyped]
 
     with diskcache.Cache(directory, size_limit=1 << 40) as cache:
         with cache.transact():

@@ -24,8 +24,8 @@ from tests.crash.oracle import Ledger
 
 SEED = "life"
 STEPS = 24
-FLUSH_AFTER = (8, 9, 17)
-REOPEN_AFTER = 13
+FLUSH_AFTER = (8, 14, 15)
+REOPEN_AFTER = 18
 
 
 def main() -> int:

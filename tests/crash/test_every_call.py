@@ -31,7 +31,7 @@ class Place(NamedTuple):
         thread: ``main`` opens, flushes and closes; ``journal`` writes and syncs events.
         call: its name.
         number: counted from 1 among the calls of this name in this thread.
-        path: what it is about.
+        path: what it is about; of a rename the new name.
     """
 
     thread: str
@@ -72,8 +72,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> list[Place]:
         main = main or match[1]
         thread = "main" if match[1] == main else f"journal {match[1]}"
         counts[thread, match[2]] += 1
-        path = re.search(r"<([^>]*)>", match[3])
-        found.append(Place(thread, match[2], counts[thread, match[2]], path[1] if path else match[3][:60]))
+        names = re.findall(r'"([^"]*)"' if match[2].startswith("rename") else r"<([^>]*)>", match[3])
+        found.append(Place(thread, match[2], counts[thread, match[2]], names[-1] if names else ""))
     # The life that can be attached to has one journal thread, the first.
     journal = next(place.thread for place in found if place.thread != "main")
     return [place for place in found if place.thread == "main"] + [
@@ -104,10 +104,10 @@ def test_two_kills(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFi
     first = [place for place in renames if "manifest" not in place.path]
     pairs = [
         (chance.choice(first), chance.choice([place for place in places if place.thread == "main"]))
-        for _ in range(150 if FULL else 6)
+        for _ in range(150 if FULL else 3)
     ]
     # The worst: each time in the middle of moving files into place.
-    pairs += [(one, other) for one in first[3:8:2] for other in renames[3:8:2]]
+    pairs += [(one, other) for one in first[2:8:3] for other in renames[1:8:3]]
     wrong = []
     for one, other in pairs:
         data_dir = tmp_path / "data"
@@ -151,7 +151,7 @@ def test_a_flush_meets_a_bad_disk(places: list[Place], tmp_path: Path, capsys: p
     """EIO from any sync, rename or write of a flush, a start or a stop: the old snapshot stands, nothing is lost."""
     hindered = [place for place in places if place.thread == "main" and place.call in ("fsync", "renameat", "rename", "write")
                 and "acknowledged" not in place.path]  # fmt: skip
-    chosen = _spread(hindered, 14)
+    chosen = _spread(hindered, 10)
     wrong = []
     told = 0
     for place in chosen:
@@ -172,19 +172,23 @@ def test_a_flush_meets_a_bad_disk(places: list[Place], tmp_path: Path, capsys: p
 def test_a_failed_flush_then_a_kill(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A flush that fails half way leaves files that the next one replaces; killed there, nothing is lost either."""
     renames = [place for place in places if place.thread == "main" and place.call.startswith("rename")]
-    into_place = [place for place in renames if place.number <= len(renames) // 3][2:]
-    chosen = _spread(into_place, 3)
+    # The first flush: manifest.next, nine files, the manifest.
+    chosen = _spread(renames[1:11], 3)
     wrong = []
     for place in chosen:
-        for later in (4, 6, 11) if FULL else (6,):
-            data_dir = tmp_path / "data"
-            faults = [
-                f"{place.call}:error=EIO:when={place.number}",
-                # The flush after the failed one, while its first files move into place.
-                f"fsync:signal=KILL:when={_syncs_before(places, place) + later + 8}",
-            ]
-            lived = _hinder(place, faults[0], data_dir, more=faults[1:])
-            wrong += [f"{place} + {later}: {complaint}" for complaint in _complaints(data_dir, lived)]
+        data_dir, trace = tmp_path / "data", tmp_path / "trace"
+        failing = f"{place.call}:error=EIO:when={place.number}"
+        _hinder(place, failing, data_dir, more=["fsync:retval=0:when=60000"], trace=trace)
+        # The sync after the second manifest.next came into place, before any file did.
+        seen = trace.read_text().splitlines()
+        second = [number for number, line in enumerate(seen) if '"manifest.next.json") = 0' in line][1]
+        syncs = sum(line.startswith("fsync") for line in seen[: second + 2])
+        shutil.rmtree(data_dir)
+        for number in range(syncs, syncs + (3 if FULL else 1)):
+            lived = _hinder(place, failing, data_dir, more=[f"fsync:signal=KILL:when={number}"])
+            if lived.code != -9:
+                wrong.append(f"{place}: not killed, {lived}")
+            wrong += [f"{place}: {complaint}" for complaint in _complaints(data_dir, lived)]
             shutil.rmtree(data_dir)
 
     assert not wrong, wrong[:5]
@@ -232,14 +236,16 @@ def _life(data_dir: Path, acknowledged: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "tests.crash.life", str(data_dir), str(acknowledged), *arguments]
 
 
-def _hinder(place: Place, fault: str, data_dir: Path, *, done: int = 0, more: Sequence[str] = ()) -> Lived:
+def _hinder(
+    place: Place, fault: str, data_dir: Path, *, done: int = 0, more: Sequence[str] = (), trace: Path = Path("/dev/null")
+) -> Lived:
     """A life of which *done* steps are behind it, with *fault* in the thread of *place*."""
     acknowledged = data_dir.parent / "acknowledged"
     acknowledged.unlink(missing_ok=True)
     after = ["--after", str(done)] if done else []
     faults = [argument for one in (fault, *more) for argument in ("-e", f"inject={one}")]
     calls = ",".join(one.partition(":")[0] for one in (fault, *more))
-    strace = ["strace", "-qq", "-o", "/dev/null", "-e", f"trace={calls}", *faults]
+    strace = ["strace", "-qq", "-o", str(trace), "-e", f"trace={calls}", *faults]
     if place.thread == "main":
         lived = subprocess.run(
             [*strace, *_life(data_dir, acknowledged, *after)],
@@ -281,12 +287,6 @@ def _complaints(data_dir: Path, lived: Lived) -> list[str]:
 
 def _spread(places: list[Place], short: int) -> list[Place]:
     return places if FULL else [places[number - 1] for number in spread(len(places), short)]
-
-
-def _syncs_before(places: list[Place], place: Place) -> int:
-    """How many times the main thread synced before *place*."""
-    before = places[: places.index(place)]
-    return sum(one.thread == "main" and one.call == "fsync" for one in before)
 
 
 def _is_known(call: str) -> bool:

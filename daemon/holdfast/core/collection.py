@@ -15,6 +15,8 @@ SHARDS = 256
 
 Shard = dict[str, bytes]
 Replaced = dict[str, bytes | None]
+Change = tuple["Collection", str, bytes | None, bool]
+"""A change inside an atomic batch: where, of which id, what it replaced, whether it is the first one in flight."""
 
 
 class Collection:
@@ -35,7 +37,7 @@ class Collection:
         self.name = name
         self.count = 0
         self.changed_seq = 0
-        self.changes: list[tuple[Collection, str, bytes | None]] | None = None
+        self.changes: list[Change] | None = None
         self._shards: list[Shard] = [{} for _ in range(SHARDS)]
         # What ops in flight replaced: of the batch being written, and of the one gathering behind it.
         self._writing: Replaced = {}
@@ -58,11 +60,12 @@ class Collection:
         if captured is not None and captured[index] is None:
             captured[index] = shard.copy()
         old = shard.get(id)
-        if undoable and id not in self._pending:
+        is_first = undoable and id not in self._pending
+        if is_first:
             # Before the shard changes: a reader without the lock looks at the shard first, then here.
             self._pending[id] = old
         if self.changes is not None:
-            self.changes.append((self, id, old))
+            self.changes.append((self, id, old, is_first))
         if record is not None:
             shard[id] = record
             if old is None:
@@ -83,10 +86,17 @@ class Collection:
             pending, writing = self._pending, self._writing
             if writing and id in writing:
                 return writing[id]
-            if pending and id in pending:
-                return pending[id]
+            if pending:
+                old = pending.get(id, _ABSENT)  # one look: a refused batch takes its entries out again
+                if old is not _ABSENT:
+                    return old
             if epoch == self._epoch:
                 return record
+
+    def committed_count(self) -> int:
+        """How many records there are in their last durable state; under the lock."""
+        replaced = self._pending | self._writing
+        return self.count + sum((old is not None) - (self.get(id) is not None) for id, old in replaced.items())
 
     @property
     def is_settled(self) -> bool:
@@ -114,6 +124,14 @@ class Collection:
         self._epoch += 1
         self._pending = {}
         self._writing = {}
+
+    def take_back(self, id: str, record: bytes | None, *, is_first: bool) -> None:
+        """Undo one change of a refused atomic batch; nothing else in flight may be newer."""
+        self.put_back(id, record)
+        if is_first:
+            # Left behind it would hide, and an undo would take back, what is acknowledged at once.
+            self._epoch += 1
+            del self._pending[id]
 
     def put_back(self, id: str, record: bytes | None) -> None:
         """Restore what a change replaced."""
@@ -181,3 +199,4 @@ class Collection:
 
 
 _TAKEN: Shard = {}
+_ABSENT = b"absent"

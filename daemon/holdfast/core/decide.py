@@ -125,8 +125,16 @@ def decide_expiry(
 def due_ms(line: bytes, rules: Rules) -> int:
     """When the session in *line* expires unless it is touched, ms since 1970."""
     ttl = record.header_of(line).ttl
-    activity = parse_ms(orjson.loads(line)[rules.session_time_field], rules.zone)
-    return activity + (rules.session_ttl_ms if ttl is None else ttl)
+    return activity_ms(line, rules) + (rules.session_ttl_ms if ttl is None else ttl)
+
+
+def activity_ms(line: bytes, rules: Rules) -> int:
+    """When the session in *line* was last active, ms since 1970; 0 when it was written under another time field."""
+    text = orjson.loads(line).get(rules.session_time_field)
+    try:
+        return parse_ms(text, rules.zone)
+    except (TypeError, ValueError, OverflowError):
+        return 0
 
 
 def check_id(id: str, rules: Rules) -> None:
@@ -139,6 +147,18 @@ def check_id(id: str, rules: Rules) -> None:
         raise InvalidRecord(f"an id has 1 to {rules.id_chars_max} characters, found {len(id)}")
     if not id.isprintable():
         raise InvalidRecord("an id may not hold control characters or other unprintable ones")
+
+
+def _check_text(text: Any, what: str, chars_max: int) -> None:
+    """Refuse what a journal line cannot hold as text, or should not."""
+    if text is None:
+        return
+    if not isinstance(text, str) or len(text) > chars_max:
+        raise InvalidRecord(f"{what} must be text of at most {chars_max} characters, found {text!r:.80}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRecord(f"{what} holds a lone surrogate; send valid Unicode") from None
 
 
 def milliseconds(duration: Seconds, what: str) -> int:
@@ -167,7 +187,8 @@ def _session_put(state: State, op: SessionPut, rules: Rules, seq: int, now_ms: i
     encoded = values.encode(value, rules.session_limits)
     if rules.session_id_field not in value:
         encoded = _with_field_first(encoded, rules.session_id_field, id)
-    return _session_event(op, "session.put", value, encoded, version, ttl, rules, seq, now_ms)
+    old = state.sessions.get(id)
+    return _session_event(op, "session.put", old, value, encoded, version, ttl, rules, seq, now_ms)
 
 
 def _session_patch(state: State, op: SessionPatch, rules: Rules, seq: int, now_ms: int) -> Event:
@@ -179,7 +200,7 @@ def _session_patch(state: State, op: SessionPatch, rules: Rules, seq: int, now_m
     encoded = values.encode(value, rules.session_limits)
     if rules.session_id_field not in value:
         raise InvalidRecord(f"a patch may not remove the id field {rules.session_id_field!r}")
-    return _session_event(op, "session.patch", value, encoded, version, ttl, rules, seq, now_ms)
+    return _session_event(op, "session.patch", old, value, encoded, version, ttl, rules, seq, now_ms)
 
 
 def _session_touch(state: State, op: SessionTouch, rules: Rules, seq: int, now_ms: int) -> Event:
@@ -188,12 +209,13 @@ def _session_touch(state: State, op: SessionTouch, rules: Rules, seq: int, now_m
     _check_lease(state, op.id, op.lease, now_ms)
     value = orjson.loads(record.value_of(old))
     value[rules.session_time_field] = format_ms(now_ms)
-    return _session_event(op, "session.touch", value, orjson.dumps(value), version, ttl, rules, seq, now_ms)
+    return _session_event(op, "session.touch", old, value, orjson.dumps(value), version, ttl, rules, seq, now_ms)
 
 
 def _session_event(
     op: SessionPut | SessionPatch | SessionTouch,
     name: str,
+    old: bytes | None,
     value: dict[str, Any],
     encoded: bytes,
     version: int,
@@ -224,6 +246,11 @@ def _session_event(
         encoded = encoded[:-1] + _time_key(rules.session_time_field) + at.encode() + b'"}'
         if ttl is not None:
             activity = now_ms
+    if activity is not None and old is not None:
+        due = activity + (rules.session_ttl_ms if ttl is None else ttl)
+        if due >= due_ms(old, rules):
+            # It stands in the wheel early enough; standing there once more for each touch would fill the memory.
+            activity = None
     return Event(seq, at, name, "", id, version, msgspec.Raw(encoded), ttl, activity)
 
 
@@ -246,8 +273,7 @@ def _session_lease(state: State, op: SessionLease, rules: Rules, seq: int, now_m
         raise InvalidRecord(
             f"a lease may last {LEASE_TTL_MAX_MS // 1000} s at most, found {op.ttl!r}; renew it instead"
         )
-    if op.owner is not None and len(op.owner) > rules.id_chars_max:
-        raise InvalidRecord(f"the owner of a lease has {rules.id_chars_max} characters at most")
+    _check_text(op.owner, "the owner of a lease", rules.id_chars_max)
     lease = _active_lease(state, op.id, now_ms)
     generation = seq
     if lease is not None:
@@ -322,9 +348,8 @@ def _order_put(state: State, op: OrderPut, rules: Rules, seq: int, now_ms: int) 
     if mark is not None:
         return _order_event(seq, now_ms, "order.put", id, version, encoded, orjson.loads(mark)["completed"])
     product_type = value.get("productType")
-    if product_type is not None and not isinstance(product_type, str):
-        raise InvalidRecord(f"productType must be text, found {product_type!r:.80}")
-    day = figures.day_of(_created_ms(value, rules, now_ms), rules.zone)
+    _check_text(product_type, "productType", rules.id_chars_max)
+    day = _created_day(value, rules, now_ms)
     count = figures.count_order(state.sales, day, _oldest(rules, now_ms), product_type)
     return _order_event(seq, now_ms, "order.put", id, version, encoded, False, count)
 
@@ -367,6 +392,7 @@ def _order_cancel(state: State, op: OrderCancel, rules: Rules, seq: int, now_ms:
     version, _ = _next_version(state.orders, op)
     changes: dict[str, Any] = {"status": "cancelled", "cancelledAt": format_ms(now_ms)}
     if op.reason is not None:
+        _check_text(op.reason, "the reason", rules.record_limits.bytes_max)
         changes["cancelReason"] = op.reason
     encoded = _closed(old, changes, now_ms)
     return _order_event(seq, now_ms, "order.cancel", op.id, version, encoded, record.header_of(old).counted)
@@ -409,18 +435,19 @@ def _refuse_closed(state: State, id: str) -> None:
         raise Conflict(f"order {id!r} is {status}; a closed order is not changed any more")
 
 
-def _created_ms(value: dict[str, Any], rules: Rules, now_ms: int) -> int:
-    """When the order was made: its ``createdAt`` when that is a time not in the future, else now."""
+def _created_day(value: dict[str, Any], rules: Rules, now_ms: int) -> str:
+    """The day the order was made: that of its ``createdAt`` when it is a time not in the future, else today."""
     try:
-        return min(parse_ms(value["createdAt"], rules.zone), now_ms)
+        return figures.day_of(min(parse_ms(value["createdAt"], rules.zone), now_ms), rules.zone)
     except (KeyError, TypeError, ValueError, OverflowError):
-        return now_ms
+        return figures.day_of(now_ms, rules.zone)
 
 
 # Figures of orders that are not kept here.
 
 
 def _stats_order(state: State, op: StatsOrder, rules: Rules, seq: int, now_ms: int) -> Event:
+    _check_text(op.product_type, "product_type", rules.id_chars_max)
     count = figures.count_order(state.sales, _stats_day(op.at, rules, now_ms), _oldest(rules, now_ms), op.product_type)
     return _stats_event(seq, now_ms, "stats.order", count)
 
@@ -440,13 +467,14 @@ def _stats_day(at: str | None, rules: Rules, now_ms: int) -> str:
         return figures.day_of(now_ms, rules.zone)
     try:
         moment = parse_ms(at, rules.zone)
-    except (ValueError, OverflowError):
+        day = figures.day_of(moment, rules.zone)
+    except (TypeError, ValueError, OverflowError):
         raise InvalidRecord(
             f"at must be a time in ISO 8601 such as 2026-11-21T06:00:00.000Z, found {at!r:.80}"
         ) from None
     if moment > now_ms:
         raise InvalidRecord(f"at must not be in the future, found {at!r:.80}")
-    return figures.day_of(moment, rules.zone)
+    return day
 
 
 def _oldest(rules: Rules, now_ms: int) -> str:

@@ -14,7 +14,7 @@ import orjson
 
 from holdfast import record
 from holdfast.clock import format_ms
-from holdfast.core.collection import Collection
+from holdfast.core.collection import Change, Collection
 from holdfast.core.event import Event
 from holdfast.core.sales import Sales
 from holdfast.core.wheel import Wheel
@@ -69,7 +69,7 @@ class State:
         self.sales_changed_seq = 0
         self._sales_pending: Sales | None = None
         self._sales_writing: Sales | None = None
-        self._changes: list[tuple[Collection, str, bytes | None]] | None = None
+        self._changes: list[Change] | None = None
         self.seq = 0
         self.session_ttl_ms = session_ttl_ms
         self.session_wheel = Wheel()
@@ -90,10 +90,8 @@ class State:
 
     @property
     def committed_sales(self) -> Sales:
-        """The sales figures in their last durable state."""
-        # Pending first: it becomes writing, never the other way round.
-        pending, writing = self._sales_pending, self._sales_writing
-        return writing or pending or self.sales
+        """The sales figures in their last durable state; under the engine's lock."""
+        return self._sales_writing or self._sales_pending or self.sales
 
     def set_sales(self, sales: Sales, seq: int, *, undoable: bool) -> None:
         """Replace the figures, as ``Collection.set`` replaces a record."""
@@ -105,20 +103,23 @@ class State:
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """Take back every change made inside the block when it raises; what was in flight before stays so."""
-        changes: list[tuple[Collection, str, bytes | None]] = []
-        sales, seq = self.sales, self.seq
+        changes: list[Change] = []
+        sales, sales_pending, seq = self.sales, self._sales_pending, self.seq
+        known = len(self.collections)
         self._note_changes(changes)
         try:
             yield
         except BaseException:
-            for collection, id, record in reversed(changes):
-                collection.put_back(id, record)
-            self.sales, self.seq = sales, seq
+            for collection, id, record, is_first in reversed(changes):
+                collection.take_back(id, record, is_first=is_first)
+            while len(self.collections) > known:
+                self.collections.popitem()
+            self.sales, self._sales_pending, self.seq = sales, sales_pending, seq
             raise
         finally:
             self._note_changes(None)
 
-    def _note_changes(self, changes: list[tuple[Collection, str, bytes | None]] | None) -> None:
+    def _note_changes(self, changes: list[Change] | None) -> None:
         self._changes = changes
         for collection in self.collections.values():
             collection.changes = changes
@@ -184,7 +185,8 @@ def _session_stored(state: State, event: Event, seq: int, at_ms: int, undoable: 
         ttl = state.session_ttl_ms if event.ttl is None else event.ttl
         state.session_wheel.schedule(event.id, event.activity + ttl)
     elif old is None:
-        state.session_wheel.schedule(event.id, at_ms + state.session_ttl_ms)
+        ttl = state.session_ttl_ms if event.ttl is None else event.ttl
+        state.session_wheel.schedule(event.id, at_ms + ttl)
 
 
 def _session_removed(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:

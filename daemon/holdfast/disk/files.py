@@ -252,9 +252,16 @@ class DirectoryLock:
 
         Raises:
             DirectoryLocked: another process has it; the message names its PID.
+            DataRefused: what stands in its place is no file of ours.
         """
         path = directory / LOCK_NAME
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DataRefused(f"{path} cannot be opened: {error.strerror}; move away what is there") from error
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            os.close(self._fd)
+            raise DataRefused(f"{path} is not a regular file; move away what is there")
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -286,8 +286,9 @@ def read_history(directory: Directory, after_seq: int, *, distrust_cache: bool =
         data = _read_segment(directory, name, distrust_cache=distrust_cache)
         segments[first_seq] = len(data)
         wrong = _take_lines(data, name, first_seq, lines)
-        if wrong and is_newest and _is_torn(data, wrong[-1]):
-            torn = wrong.pop()
+        if wrong and is_newest:
+            torn, rest = _split_torn(data, wrong.pop())
+            wrong += rest
         damages += wrong
     ordered = [JournalLine(seq, lines[seq]) for seq in sorted(lines)]
     return History(segments, ordered, torn, damages, _gaps(ordered, segments, after_seq))
@@ -329,6 +330,10 @@ def _take_lines(data: bytes, name: str, first_seq: int, lines: dict[int, bytes])
         else:
             match = _SEQ.match(payload)
             seq = int(match[1]) if match else 0
+            if match and not offset and seq != first_seq:
+                # Of another segment; its events are as good under any name.
+                damages.append(Damage(name, 0, 0, f"named for event {first_seq}, but begins with {seq}"))
+                last_seq = seq - 1
             if not match:
                 reason = "event without a seq"
             elif seq <= last_seq:
@@ -338,8 +343,6 @@ def _take_lines(data: bytes, name: str, first_seq: int, lines: dict[int, bytes])
             elif seq in lines:
                 reason = f"event {seq} stands twice"
             else:
-                if last_seq == first_seq - 1 and seq != first_seq and not damages:
-                    damages.append(Damage(name, 0, 0, f"named for event {first_seq}, but begins with {seq}"))
                 lines[seq] = payload
                 last_seq = seq
         if reason:
@@ -353,12 +356,23 @@ def _take_lines(data: bytes, name: str, first_seq: int, lines: dict[int, bytes])
     return damages
 
 
-def _is_torn(data: bytes, damage: Damage) -> bool:
-    """Whether *damage* looks like a write that never finished: at the end, without its newline or with zeros."""
+def _split_torn(data: bytes, damage: Damage) -> tuple[Damage | None, list[Damage]]:
+    """The part of the last *damage* that looks like a write that never finished, and what else of it there is.
+
+    Unfinished is the end of the file from the first line on that holds zeros, has no newline, or repeats an older
+    event. A line before it with a wrong checksum was whole once, so it was acknowledged.
+    """
     if damage.offset + damage.bytes != len(data) or not damage.bytes:
-        return False
+        return None, [damage]
+    if damage.reason.startswith("stale"):
+        return damage, []
     tail = data[damage.offset :]
-    return not tail.endswith(b"\n") or b"\0" in tail or damage.reason.startswith("stale")
+    zero = tail.find(b"\0")
+    if zero < 0 and tail.endswith(b"\n"):
+        return None, [damage]
+    start = tail.rfind(b"\n", 0, zero if zero >= 0 else len(tail)) + 1
+    torn = Damage(damage.segment, damage.offset + start, damage.bytes - start, "unfinished line")
+    return torn, [damage._replace(bytes=start)] if start else []
 
 
 def _gaps(lines: list[JournalLine], segments: dict[int, int], after_seq: int) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ instant each file matches one of the two manifests, and a file that matches neit
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,10 @@ MANIFEST = "manifest.json"
 MANIFEST_NEXT = "manifest.next.json"
 _BLOCK_BYTES = 4 << 20
 _OPENING, _BETWEEN, _CLOSING = b"[\n", b",\n", b"\n]\n"
+
+
+_NO_CHECKSUM = "00000000"
+_CHECKSUM = re.compile(rb'(?<=\n  "checksum": ")[0-9a-f]{8}(?="\n}\n$)')
 
 
 class FileEntry(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -57,6 +62,7 @@ class Manifest(msgspec.Struct, frozen=True):
         at: when, ISO 8601.
         snapshot_seq: the files hold every event up to here.
         files: by name.
+        checksum: CRC-32 of the file with zeros in this place, 8 hex digits.
     """
 
     format: int = FORMAT_VERSION
@@ -64,6 +70,7 @@ class Manifest(msgspec.Struct, frozen=True):
     at: str = ""
     snapshot_seq: int = 0
     files: dict[str, FileEntry] = {}
+    checksum: str = _NO_CHECKSUM
 
 
 def entry_of(written: WrittenFile, records: int, seq: int) -> FileEntry:
@@ -73,7 +80,9 @@ def entry_of(written: WrittenFile, records: int, seq: int) -> FileEntry:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Its JSON, indented for people."""
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    manifest = msgspec.structs.replace(manifest, checksum=_NO_CHECKSUM)
+    raw = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    return _CHECKSUM.sub(b"%08x" % crc32(raw), raw)
 
 
 def read_manifest(directory: Directory, name: str) -> Manifest | None:
@@ -95,6 +104,9 @@ def read_manifest(directory: Directory, name: str) -> Manifest | None:
             f"{directory.path} has format {layout}, this Holdfast knows {FORMAT_VERSION}; "
             "install the newer version that wrote it. Nothing was touched"
         )
+    # What it says of the other files decides which events are replayed, so it is believed whole or not at all.
+    if _CHECKSUM.findall(raw) != [b"%08x" % crc32(_CHECKSUM.sub(_NO_CHECKSUM.encode(), raw))]:
+        raise ValueError("its checksum does not hold")
     try:
         return msgspec.json.decode(raw, type=Manifest)
     except msgspec.ValidationError as error:
@@ -181,7 +193,8 @@ def salvage(raw: bytes) -> Salvage:
 
 
 def _whole_records(text: str) -> list[Any]:
-    decode = json.JSONDecoder(strict=True).raw_decode
+    # The parser knows NaN and rounds 1e400 to infinity; such a record cannot be kept as it is, so it is not whole.
+    decode = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).raw_decode
     begin = _record_start(text)
     records: list[Any] = []
     match = begin.search(text)
@@ -196,6 +209,13 @@ def _whole_records(text: str) -> list[Any]:
                 records.append(value)
         match = begin.search(text, end)
     return records
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} cannot be kept exactly")
+    return value
 
 
 def _record_start(text: str) -> re.Pattern[str]:

@@ -110,6 +110,8 @@ class Connection(web.RequestHandler):
         if self._is_busy or self._messages:
             super().data_received(data)
             return
+        if self._is_lingering:
+            return
         if not self._head_bytes:
             self.deadline = self._loop.time() + self._owner.limits.header_timeout
         self._head_bytes += len(data)
