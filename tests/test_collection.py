@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable
 from itertools import count
+from typing import Any
+from zlib import crc32
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -203,6 +208,56 @@ def test_a_new_capture_forgets_the_one_before() -> None:
     collection.begin_capture()
 
     assert captured(collection) == {"a": b"2"}
+
+
+class Interleaved(dict[str, bytes]):
+    """A shard in which something happens right after a reader without the lock has looked."""
+
+    def __init__(self, records: dict[str, bytes]) -> None:
+        super().__init__(records)
+        self.after_look: Callable[[], None] | None = None
+
+    def get(self, id: str, default: Any = None) -> Any:
+        found = super().get(id, default)
+        happens, self.after_look = self.after_look, None
+        if happens is not None:
+            happens()
+        return found
+
+
+def refuse_batch(state: State) -> Callable[[], None]:
+    """Decide an atomic batch that is refused once the returned function is called."""
+    block = state.all_or_nothing()
+    block.__enter__()
+    state.sessions.set("a", b"undecided", 2, undoable=True)
+
+    def refuse() -> None:
+        block.__exit__(KeyError, KeyError(), None)
+
+    return refuse
+
+
+@pytest.mark.parametrize("fate", ["undo", "refused batch", "commit"])
+def test_a_reader_overtaken_between_its_looks_looks_again(fate: str) -> None:
+    """Whatever becomes of a change after the record was seen and before what is in flight was."""
+    state = State()
+    state.sessions.set("a", b"durable", 1, undoable=False)
+    index = crc32(b"a") & 255
+    shard = state.sessions._shards[index] = Interleaved(state.sessions._shards[index])
+    if fate == "refused batch":
+        happens = refuse_batch(state)
+    else:
+        state.sessions.set("a", b"decided", 2, undoable=True)
+        state.begin_write()
+        happens = state.commit if fate == "commit" else lambda: state.undo(1)
+
+    def overtake() -> None:
+        with contextlib.suppress(KeyError):
+            happens()
+
+    shard.after_look = overtake
+
+    assert state.sessions.committed("a") == (b"decided" if fate == "commit" else b"durable")
 
 
 def test_readers_without_a_lock_never_see_what_is_undone() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -86,7 +86,9 @@ def test_rotating_an_empty_segment_does_nothing(journal: Journal) -> None:
     assert journal.segments == 2
 
 
-@pytest.mark.parametrize(("needed", "left"), [(1, [1, 4, 7]), (3, [1, 4, 7]), (4, [4, 7]), (6, [4, 7]), (7, [7]), (99, [7])])
+@pytest.mark.parametrize(
+    ("needed", "left"), [(1, [1, 4, 7]), (3, [1, 4, 7]), (4, [4, 7]), (6, [4, 7]), (7, [7]), (99, [7])]
+)
 def test_pruning_keeps_every_event_still_needed(journal: Journal, tmp_path: Path, needed: int, left: list[int]) -> None:
     """Whole segments before the needed seq go; the newest always stays, since its name says where seq stands."""
     for first in (1, 4):
@@ -165,7 +167,8 @@ def test_a_file_that_cannot_be_put_right_accepts_nothing_more(
         journal.append(line(1), 1)
     monkeypatch.undo()
 
-    for attempt in (lambda: journal.append(line(1), 1), journal.sync, journal.rotate):
+    attempts: list[Callable[[], None]] = [lambda: journal.append(line(1), 1), journal.sync, journal.rotate]
+    for attempt in attempts:
         with pytest.raises(JournalBroken):
             attempt()
 
@@ -314,7 +317,17 @@ def test_swapped_segments_lose_nothing(tmp_path: Path) -> None:
         history = read_history(directory, 0)
 
     assert history.damages
-    assert [found.seq for found in history.lines][-3:] == [4, 5, 6]
+    assert [found.seq for found in history.lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_wrongly_named_segment_with_a_damaged_first_line_is_read_on(tmp_path: Path) -> None:
+    """Its other events are as good under any name."""
+    written(tmp_path, line(1).replace(b'"x"', b'"y"') + lines(2, 3), 4)
+    with Directory(tmp_path) as directory:
+        history = read_history(directory, 0)
+
+    assert [found.seq for found in history.lines] == [2, 3]
+    assert history.damages and history.gaps == [(1, 1)]
 
 
 def test_two_different_events_of_one_seq_are_damage(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "daemon" / "holdfast"
 
 LAYERS = [
-    {"errors", "clock"},
+    {"errors", "clock", "checksum"},
     {"ops"},
     {"settings", "values", "record"},
     {"core", "disk"},
@@ -32,6 +32,7 @@ STRANGERS = [{"core", "disk"}]
 IMPORTED_IN = {
     "aiohttp": ("http/",),
     "click": ("cli/",),
+    "isal": ("checksum.py",),
     "msgspec": ("",),
     "multidict": ("http/",),
     "orjson": ("",),

@@ -307,11 +307,17 @@ class Silent:
 _records = st.sampled_from(["notes", "x_y"])
 _revisions = {"if_version": VERSIONS, "idempotency_key": KEYS}
 OPS: st.SearchStrategy[AnyOp] = st.one_of(
-    st.builds(SessionPut, id=IDS, value=VALUES, ttl=st.none() | st.integers(60, 200_000), lease=st.none(), **_revisions),
-    st.builds(SessionPatch, id=IDS, value=PATCHES, ttl=st.none() | st.none() | st.just(90), lease=st.none(), **_revisions),
+    st.builds(
+        SessionPut, id=IDS, value=VALUES, ttl=st.none() | st.integers(60, 200_000), lease=st.none(), **_revisions
+    ),
+    st.builds(
+        SessionPatch, id=IDS, value=PATCHES, ttl=st.none() | st.none() | st.just(90), lease=st.none(), **_revisions
+    ),
     st.builds(SessionTouch, id=IDS, ttl=st.none(), lease=st.none(), **_revisions),
     st.builds(SessionDelete, id=IDS, lease=st.none() | st.none() | st.just(1), **_revisions),
-    st.builds(SessionLease, id=IDS, ttl=st.integers(1, 3600), owner=st.none(), generation=st.none(), idempotency_key=KEYS),
+    st.builds(
+        SessionLease, id=IDS, ttl=st.integers(1, 3600), owner=st.none(), generation=st.none(), idempotency_key=KEYS
+    ),
     st.builds(SessionRelease, id=IDS, generation=st.integers(1, 5), idempotency_key=KEYS),
     st.builds(
         OrderPut,

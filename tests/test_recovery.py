@@ -15,6 +15,7 @@ import orjson
 import pytest
 
 from holdfast.disk.files import Directory
+from holdfast.disk.journal import encode_line
 from holdfast.engine import Engine
 from holdfast.errors import DataRefused, DirectoryLocked, Unavailable
 from holdfast.ops import OrderComplete, OrderPut, RecordPut, SessionDelete, SessionPut, StatsOrder, UserPut
@@ -114,6 +115,18 @@ def test_seq_goes_on_where_it_stood(tmp_path: Path) -> None:
 
     with running(tmp_path) as engine:
         assert do(engine, SessionPut(id="1", value={})).seq == 3
+
+
+def test_time_goes_on_where_it_stood(tmp_path: Path) -> None:
+    """After a crash with the clock set back no event is older than the one before it."""
+    with running(tmp_path) as engine:
+        do(engine, SessionPut(id="1", value={}))
+    earlier = HandClock()
+    earlier.jump(-3600)
+
+    with running(tmp_path, clock=earlier) as engine:
+        do(engine, SessionPut(id="2", value={}))
+        assert value_of(engine, "sessions", "2")["lastActivity"] == NOW
 
 
 def test_opening_and_closing_keeps_no_descriptor(tmp_path: Path) -> None:
@@ -484,8 +497,6 @@ def test_a_newer_format_is_refused_untouched(tmp_path: Path, name: str) -> None:
 
 def test_an_unknown_event_is_refused_untouched(tmp_path: Path) -> None:
     """A journal that a newer Holdfast went on with is not cut, replayed in part, or pruned."""
-    from holdfast.disk.journal import encode_line
-
     with running(tmp_path) as engine:
         fill(engine)
     segment = next((tmp_path / "journal").iterdir())

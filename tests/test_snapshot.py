@@ -29,7 +29,7 @@ from holdfast.disk.snapshot import (
 )
 from holdfast.errors import DataRefused
 
-RECORDS = [{"id": str(n), "text": "ñ, \n []{}\\\" 💎", "n": n} for n in range(12)]
+RECORDS = [{"id": str(n), "text": 'ñ, \n []{}\\" 💎', "n": n} for n in range(12)]
 
 
 def file_of(shards: list[list[bytes]]) -> bytes:
@@ -103,7 +103,7 @@ def test_every_whole_record_before_a_cut_is_saved(layout: str) -> None:
 
         assert not found.is_whole
         assert found.reason
-        whole = [record for record in RECORDS if b'"%b"' % record["id"].encode() in raw[:cut]]  # type: ignore[attr-defined]
+        whole = [record for record in RECORDS if b'"%b"' % str(record["id"]).encode() in raw[:cut]]
         assert found.records == RECORDS[: len(found.records)]
         assert len(whole) - 1 <= len(found.records) <= len(whole)
 

@@ -88,6 +88,8 @@ class Batch:
         with self._guard:
             self.error = error
             self.is_done = True
+            # A pipeline keeps its batches to its end, and would keep a copy of everything it wrote.
+            self.lines = []
             futures, self._futures = self._futures, []
             if self._event is not None:
                 self._event.set()

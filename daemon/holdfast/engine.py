@@ -75,31 +75,24 @@ class Page(NamedTuple):
     next: str | None
 
 
-class Ticket:
+class Ticket(msgspec.Struct, frozen=True):
     """What was decided, and the wait until it may be told.
 
     Attributes:
-        outcomes: one per op, in order; not to be shown before ``wait`` or ``committed``.
+        outcomes: one per op, in order; not to be shown before ``wait`` or ``committed``. Empty when the op is refused.
         seq: the last event of the ticket.
+        batch: after which all of it is durable; None when it is already.
+        refusal: of an op refused on grounds that are not durable yet.
     """
 
-    __slots__ = ("_batch", "_refusal", "outcomes", "seq")
-
-    def __init__(
-        self,
-        outcomes: list[Answer | HoldfastError],
-        seq: int,
-        batch: WriteBatch | None,
-        refusal: HoldfastError | None = None,
-    ) -> None:
-        self.outcomes = outcomes
-        self.seq = seq
-        self._batch = batch
-        self._refusal = refusal
+    outcomes: list[Answer | HoldfastError]
+    seq: int
+    batch: WriteBatch | None
+    refusal: HoldfastError | None = None
 
     def waits_with(self, other: Ticket) -> bool:
         """Whether one wait serves both."""
-        return self._batch is other._batch
+        return self.batch is other.batch
 
     @property
     def answer(self) -> Answer:
@@ -116,18 +109,18 @@ class Ticket:
             Unavailable: *timeout* seconds have passed.
             HoldfastError: the op is refused, on grounds that are now durable.
         """
-        if self._batch is not None:
-            self._batch.wait(timeout)
-        if self._refusal is not None:
-            raise self._refusal
+        if self.batch is not None:
+            self.batch.wait(timeout)
+        if self.refusal is not None:
+            raise self.refusal
 
     async def committed(self) -> None:
         """The same as ``wait``, for asyncio."""
-        batch = self._batch
+        batch = self.batch
         if batch is not None and not (batch.is_done and batch.error is None):
             await batch.committed()
-        if self._refusal is not None:
-            raise self._refusal
+        if self.refusal is not None:
+            raise self.refusal
 
 
 class Engine:
@@ -216,7 +209,7 @@ class Engine:
                 except HoldfastError as error:
                     outcomes.append(error)
                 else:
-                    outcomes.append(ticket._refusal or ticket.outcomes[0])
+                    outcomes.append(ticket.refusal or ticket.outcomes[0])
             return Ticket(outcomes, self._state.seq, self._committer.in_flight())
 
     def _decide(self, op: AnyOp, durability: Durability | None) -> Ticket:
@@ -358,7 +351,8 @@ class Engine:
                 line = self._state.orders.committed(id)
                 if line is None:
                     return None
-        return _record(id, line)
+        value, version = record.split(line)
+        return Record(id, version, value)
 
     def page(
         self,
@@ -398,7 +392,8 @@ class Engine:
                 line = part.committed(id)
                 looks += 1
                 if line is not None and (matches is None or matches(line)):
-                    items.append(_record(id, line))
+                    value, version = record.split(line)
+                    items.append(Record(id, version, value))
                     size += len(line)
                 if len(items) == limit or looks == PAGE_LOOKS_AT_MOST or size >= PAGE_BYTES_MAX:
                     return Page(items, _encode_cursor(collection, place, id))
@@ -615,11 +610,6 @@ def _check_durability(durability: Durability | None) -> None:
 
 
 _DURABILITIES = get_args(Durability)
-
-
-def _record(id: str, line: bytes) -> Record:
-    value, version = record.split(line)
-    return Record(id, version, value)
 
 
 def _encode_cursor(collection: str, place: int, id: str) -> str:

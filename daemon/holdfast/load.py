@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,8 +19,8 @@ from holdfast.core.wheel import MINUTE_MS
 from holdfast.disk.files import Directory
 from holdfast.disk.snapshot import FileEntry, read_blocks
 
-_MINUTE_CHARS = len("2026-11-21T06:00")
-_STAMP_CHARS = len("2026-11-21T06:00:00.000Z")
+_STAMP = rb"(?:([-0-9T:]{16}):[0-9.]{6}Z\")?"
+"""A time in the form that we write, its minute as the group; any other leaves the group empty."""
 
 
 class Counts(msgspec.Struct):
@@ -86,10 +88,9 @@ def _load_blocks(
     is_sessions = collection.name == SESSIONS
     for block in read_blocks(directory, name, entry):
         lines = block.split(b",\n")
-        ids = _ids(lines, opening) or [_slow_id(line, opening) for line in lines]
-        fill = collection.fill
-        for id, line in zip(ids, lines, strict=True):
-            fill(id, line)
+        raw_ids = _ids(block, lines, opening) or [_slow_id(line, opening).encode() for line in lines]
+        ids = [id.decode() for id in raw_ids]
+        collection.fill_all(raw_ids, ids, lines)
         if is_sessions:
             _schedule_sessions(state, block, ids, lines, rules)
         elif collection.name in (LEASES, KEYS):
@@ -148,16 +149,16 @@ def schedule_bookkeeping(state: State, collection: str, id: str, line: bytes) ->
     wheel.schedule(id, forgotten_ms(collection, line))
 
 
-def _ids(lines: list[bytes], opening: bytes) -> list[str] | None:
-    """The ids of *lines* when each begins with its id as plain text, else None."""
+def _ids(block: bytes, lines: list[bytes], opening: bytes) -> list[bytes] | None:
+    """The ids of the *lines* of *block* when each begins with its id as plain text, else None."""
+    if not block.startswith(opening) or block.count(b",\n" + opening) != len(lines) - 1:
+        return None
     start = len(opening)
     try:
-        ids = [line[start : line.index(b'"', start)] for line in lines if line.startswith(opening)]
+        ids = [line[start : line.index(b'"', start)] for line in lines]
     except ValueError:
         return None
-    if len(ids) != len(lines) or b"\\" in b"".join(ids):
-        return None
-    return [id.decode() for id in ids]
+    return None if b"\\" in b"".join(ids) else ids
 
 
 def _slow_id(line: bytes, opening: bytes) -> str:
@@ -171,20 +172,16 @@ def _schedule_sessions(state: State, block: bytes, ids: list[str], lines: list[b
     The field name stands exactly once in each line when its count in the block equals that of the lines, since each
     has it at the top. Lines with a ttl of their own, or a time in another form, are decoded.
     """
-    marker = b'"%b":"' % rules.session_time_field.encode()
-    stamps = [part[:_STAMP_CHARS] for part in block.split(marker)][1:]
+    marker = re.escape(b'"%b":"' % rules.session_time_field.encode())
+    minutes = re.findall(marker + _STAMP, block)
     wheel = state.session_wheel
-    if len(stamps) != len(lines) or b'"ttl":' in block or any(stamp[-1:] != b"Z" for stamp in stamps):
+    if len(minutes) != len(lines) or b"" in minutes or b'"ttl"' in block:
         for id, line in zip(ids, lines, strict=True):
             wheel.schedule(id, due_ms(line, rules))
         return
-    by_minute: dict[bytes, list[str]] = {}
-    for id, stamp in zip(ids, stamps, strict=True):
-        minute = stamp[:_MINUTE_CHARS]
-        if minute in by_minute:
-            by_minute[minute].append(id)
-        else:
-            by_minute[minute] = [id]
+    by_minute: defaultdict[bytes, list[str]] = defaultdict(list)
+    for id, minute in zip(ids, minutes, strict=True):
+        by_minute[minute].append(id)
     ttl_minutes = rules.session_ttl_ms // MINUTE_MS
     for minute, members in by_minute.items():
         started_ms = parse_ms(minute.decode() + "Z")

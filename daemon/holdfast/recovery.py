@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from typing import Any
-from zlib import crc32
 
 import msgspec
 import structlog
 
+from holdfast.checksum import crc32
 from holdfast.clock import Clock, format_ms, parse_ms
 from holdfast.core.collection import Collection
 from holdfast.core.decide import Rules, decide_expiry

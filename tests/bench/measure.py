@@ -41,11 +41,12 @@ def run_task(name: str, **arguments: Any) -> dict[str, Any]:
 
 def rss_bytes(pid: int | str = "self") -> int:
     """Resident memory of a process."""
-    if sys.platform == "linux":
-        status = Path(f"/proc/{pid}/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0]) * 1024
-    pid = os.getpid() if pid == "self" else pid
-    return int(subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True).stdout) * 1024
+    status = Path(f"/proc/{pid}/status")
+    if status.exists():
+        return int(status.read_text().split("VmRSS:")[1].split()[0]) * 1024
+    number = os.getpid() if pid == "self" else pid
+    shown = subprocess.run(["ps", "-o", "rss=", "-p", str(number)], capture_output=True, text=True, check=True)
+    return int(shown.stdout) * 1024
 
 
 def write_and_sync(path: Path, size: int) -> float:
@@ -82,8 +83,9 @@ def median(values: Sequence[float]) -> float:
 def machine(directory: Path) -> str:
     """What this runs on; the sync is measured, since everything durable depends on it."""
     model = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
         model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), model)
     syncs = sorted(write_and_sync(directory / "sync", 4096) for _ in range(50))
     busy = f", load {os.getloadavg()[0]:.1f}"

@@ -100,7 +100,8 @@ class Bench:
         path = self.directory / f"redis-{size}"
         if size not in self._redis_filled:
             with redis_server(path, durable=True) as redis:
-                self._redis_filled[size] = run_task("redis_fill", socket=redis.socket, count=size)
+                filled = run_task("redis_fill", socket=redis.socket, count=size)
+                self._redis_filled[size] = filled | {"rss_bytes": redis.rss_bytes}
             shutil.rmtree(path / "appendonlydir")
         return path, self._redis_filled[size]
 
@@ -211,7 +212,7 @@ def row_7(bench: Bench) -> Iterator[Result]:
     for size in bench.sizes:
         path = bench.place("row7")
         shutil.copytree(bench.holdfast_filled(size)[0], path)
-        found = run_task("holdfast_flush", directory=str(path), size=size, rounds=3, quiet_s=max(0.5, size / FULL * 2))
+        found = run_task("holdfast_flush", directory=str(path), size=size, rounds=5)
         plain = min(write_and_sync(bench.directory / "plain", found["bytes"]) for _ in range(3))
         costs.append((size, found["seconds"]))
         ours, peer = seconds(found["seconds"]), f"write + fsync of {found['bytes'] >> 20} MiB {seconds(plain)}"
@@ -257,20 +258,21 @@ def row_8(bench: Bench) -> Iterator[Result]:
 
 
 def row_9(bench: Bench) -> Iterator[Result]:
-    """Memory, of a process that has just started with the data."""
+    """Memory: after a start with the data, and after putting it."""
     costs = []
     for size in bench.sizes:
-        found = bench.holdfast_started(size)
-        filled = bench.holdfast_filled(size)[1]
-        ours = found["rss_bytes"]
-        costs.append((size, max(ours - found["rss_before_bytes"], 1.0)))
-        what = f"memory with {size:,} sessions"
-        filled_text = f"{mebibytes(filled['rss_bytes'])} in the process that put them"
-        with peer_or_note(Result(9, what, mebibytes(ours), "", None, at_full(1.1, size), False, filled_text)) as note:
-            peer = bench.redis_started(size)["rss_bytes"]
-            peer_text = f"redis RSS {mebibytes(peer)}"
-            note(Result(9, what, mebibytes(ours), peer_text, ours / peer, at_full(1.1, size), False, filled_text))
-        yield from note.results
+        started, filled = bench.holdfast_started(size), bench.holdfast_filled(size)[1]
+        costs.append((size, max(started["rss_bytes"] - started["rss_before_bytes"], 1.0)))
+        for when, ours, redis in (
+            ("after a start", started["rss_bytes"], bench.redis_started),
+            ("after the puts of row 2", filled["rss_bytes"], lambda size: bench.redis_filled(size)[1]),
+        ):
+            what = f"memory with {size:,} sessions, {when}"
+            with peer_or_note(Result(9, what, mebibytes(ours), "", None, at_full(1.1, size), False)) as note:
+                peer = redis(size)["rss_bytes"]
+                text = f"redis RSS {mebibytes(peer)}"
+                note(Result(9, what, mebibytes(ours), text, ours / peer, at_full(1.1, size), False))
+            yield from note.results
     yield from growth(9, "memory beyond an empty process", costs, 1)
 
 

@@ -192,7 +192,7 @@ def _put(number: int) -> SessionPut:
     return SessionPut(id=id, value=session_of(id))
 
 
-def holdfast_flush(directory: str, size: int, rounds: int, quiet_s: float) -> dict[str, Any]:
+def holdfast_flush(directory: str, size: int, rounds: int) -> dict[str, Any]:
     """Flush *size* sessions while others ask, *rounds* times each kind; delays in seconds.
 
     ``stalls`` are the longest delays of requests that come at a fixed pace, from the moment when each was due to its
@@ -232,22 +232,21 @@ def holdfast_flush(directory: str, size: int, rounds: int, quiet_s: float) -> di
         return max(delays)
 
     def flush() -> None:
-        reports.append(engine.flush("api"))
+        engine.flush("api")
 
-    reports: list[Any] = []
+    def nothing() -> None:
+        time.sleep(alone_s)
+
     alone = []
     for number in range(rounds):
         engine.submit(_put(number)).wait()
         alone.append(engine.flush("api"))
-    result: dict[str, Any] = {
-        "seconds": min(report.duration_ms for report in alone) / 1000,
-        "bytes": alone[0].bytes,
-        "stalls": [longest_during(flush, ask) for _ in range(rounds)],
-        "usual_stalls": [longest_during(lambda: time.sleep(quiet_s), ask) for _ in range(rounds)],
-        "durable": [longest_during(flush, put_durably) for _ in range(rounds)],
-        "usual_durable": [longest_during(lambda: time.sleep(quiet_s), put_durably) for _ in range(rounds)],
-        "busy_seconds": sorted(report.duration_ms / 1000 for report in reports),
-    }
+    alone_s = min(report.duration_ms for report in alone) / 1000
+    result: dict[str, Any] = {"seconds": alone_s, "bytes": alone[0].bytes}
+    for name, others in (("stalls", ask), ("durable", put_durably)):
+        # In turn, and for as long as a flush takes, so that whatever else the machine does falls on both.
+        pairs = [(longest_during(flush, others), longest_during(nothing, others)) for _ in range(rounds)]
+        result[name], result[f"usual_{name}"] = map(list, zip(*pairs, strict=True))
     engine.close(flush=False)
     return result
 

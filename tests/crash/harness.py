@@ -83,14 +83,20 @@ def complaints(data_dir: Path, ledgers: Iterable[Ledger], log: Recorder | None =
     engine = reopened(data_dir, log)
     try:
         wrong = differences(ledgers, found_in(engine))
-        return wrong + [f"degraded: {reason}" for reason in engine.degraded] + _surprises(log)
+        return wrong + [f"degraded: {reason}" for reason in engine.degraded] + surprises(log)
     finally:
         engine.close()
 
 
-def _surprises(log: Recorder) -> list[str]:
+def surprises(log: Recorder) -> list[str]:
     """Log events that a mere crash must not cause: nobody edited, damaged or ignored anything."""
-    unexpected = ("snapshot.edited", "snapshot.damaged", "journal.damaged", "snapshot.edit_kept", "backup.kept_before_merge")
+    unexpected = (
+        "snapshot.edited",
+        "snapshot.damaged",
+        "journal.damaged",
+        "snapshot.edit_kept",
+        "backup.kept_before_merge",
+    )
     return [f"{name} {fields}" for name, fields in log.events if name in unexpected]
 
 
@@ -118,7 +124,17 @@ class Served:
         self.started_at = time.monotonic()
         self.ready_s = float("inf")
         self.process = subprocess.Popen(
-            [*wrapper, *SERVE, "--data-dir", str(data_dir), "--listen", "unix:", "--set", "log.format=json", *arguments],
+            [
+                *wrapper,
+                *SERVE,
+                "--data-dir",
+                str(data_dir),
+                "--listen",
+                "unix:",
+                "--set",
+                "log.format=json",
+                *arguments,
+            ],
             stdout=self._log,
             stderr=self._log,
             cwd=data_dir.parent,
@@ -142,7 +158,9 @@ class Served:
             if b'"daemon.ready"' in self.log_path.read_bytes()[self._log_starts_at :]:
                 self.ready_s = time.monotonic() - self.started_at
                 return self.ready_s
-            assert self.process.poll() is None, f"it ended: {self.log_path.read_bytes()[self._log_starts_at :][-2000:]!r}"
+            assert self.process.poll() is None, (
+                f"it ended: {self.log_path.read_bytes()[self._log_starts_at :][-2000:]!r}"
+            )
             time.sleep(0.005)
         raise AssertionError(f"not ready within {deadline_s} s: {self.events()}")
 
@@ -250,9 +268,7 @@ class Load:
     def __init__(self, served: Served, ledgers: list[Ledger]) -> None:
         self.refused: list[tuple[int, bytes]] = []
         self._stopping = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._run, args=(served, ledger), daemon=True) for ledger in ledgers
-        ]
+        self._threads = [threading.Thread(target=self._run, args=(served, ledger), daemon=True) for ledger in ledgers]
         for thread in self._threads:
             thread.start()
 

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ["Ana Martínez", "李小龙", "Zoë Brontë", "Мария", "José 🎶", "O'Neil"]
-TEXTS = ["Hola! quiero una USB 🎶", "¿cuánto cuesta? [oferta], {sí}", 'line one\nline two\t"quoted" \\ back', "价格, 价格"]
+TEXTS = [
+    "Hola! quiero una USB 🎶",
+    "¿cuánto cuesta? [oferta], {sí}",
+    'line one\nline two\t"quoted" \\ back',
+    "价格, 价格",
+]
 
 
 def write_legacy(data_dir: Path, *, sessions: int = 60, orders: int = 20, seed: int = 7) -> list[dict[str, Any]]:
@@ -21,7 +26,10 @@ def write_legacy(data_dir: Path, *, sessions: int = 60, orders: int = 20, seed: 
         {
             "recipientPhone": f"57300{number:07d}",
             "currentState": chance.choice(["welcome", "catalog", "done"]),
-            "pendingData": {"name": chance.choice(NAMES), "cart": [{"price": 54900, "n": i} for i in range(number % 3)]},
+            "pendingData": {
+                "name": chance.choice(NAMES),
+                "cart": [{"price": 54900, "n": i} for i in range(number % 3)],
+            },
             "lastActivity": _javascript(now - timedelta(minutes=chance.randint(1, 900))),
             "lastText": chance.choice(TEXTS),
             "tags": [],

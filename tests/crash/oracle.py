@@ -250,7 +250,9 @@ def differences(ledgers: Iterable[Ledger], found: Found) -> list[str]:
         for place, stored in expected.items()
         if not _is_stored(found.records.get(place), stored)
     ]
-    wrong += [f"{place} is {found.records[place]}, but was never so" for place in found.records.keys() - expected.keys()]
+    wrong += [
+        f"{place} is {found.records[place]}, but was never so" for place in found.records.keys() - expected.keys()
+    ]
     for name in ("orders", "completions", "cents"):
         total = sum(getattr(ledger, name) for ledger in ledgers)
         if getattr(found, name) != total:

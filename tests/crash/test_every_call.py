@@ -144,7 +144,10 @@ def test_a_sync_of_the_journal_fails(places: list[Place], tmp_path: Path, capsys
         shutil.rmtree(data_dir)
 
     assert not wrong, wrong[:5]
-    report(capsys, f"EIO at {len(chosen)} of {len(syncs)} syncs of the journal: each ended it, 0 acknowledged afterwards, 0 lost")
+    report(
+        capsys,
+        f"EIO at {len(chosen)} of {len(syncs)} syncs of the journal: each ended it, 0 acknowledged afterwards, 0 lost",
+    )
 
 
 def test_a_flush_meets_a_bad_disk(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +222,17 @@ def test_the_daemon_ends_when_a_sync_fails(number: int, tmp_path: Path) -> None:
     from tests.crash.oracle import Ledger
 
     data_dir = tmp_path / "data"
-    wrapper = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", f"inject=fdatasync:error=EIO:when={number}"]
+    wrapper = [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-e",
+        "trace=fdatasync",
+        "-e",
+        f"inject=fdatasync:error=EIO:when={number}",
+    ]
     ledgers = [Ledger(client, SEED) for client in range(2)]
 
     with serving(data_dir, wrapper=wrapper) as served:
@@ -237,7 +250,13 @@ def _life(data_dir: Path, acknowledged: Path, *arguments: str) -> list[str]:
 
 
 def _hinder(
-    place: Place, fault: str, data_dir: Path, *, done: int = 0, more: Sequence[str] = (), trace: Path = Path("/dev/null")
+    place: Place,
+    fault: str,
+    data_dir: Path,
+    *,
+    done: int = 0,
+    more: Sequence[str] = (),
+    trace: Path = Path("/dev/null"),
 ) -> Lived:
     """A life of which *done* steps are behind it, with *fault* in the thread of *place*."""
     acknowledged = data_dir.parent / "acknowledged"
@@ -291,4 +310,9 @@ def _spread(places: list[Place], short: int) -> list[Place]:
 
 def _is_known(call: str) -> bool:
     """Whether this machine has the call; newer architectures lack rename and unlink."""
-    return subprocess.run(["strace", "-o", "/dev/null", "-e", f"trace={call}", "true"], capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run(
+            ["strace", "-o", "/dev/null", "-e", f"trace={call}", "true"], capture_output=True, check=False
+        ).returncode
+        == 0
+    )

@@ -124,7 +124,10 @@ def test_full_during_a_flush(tmp_path: Path, capsys: pytest.CaptureFixture[str])
             engine.close(flush=False)
             assert not complaints(disk / "data", [ledger])
     assert failed
-    report(capsys, f"{failed} of {rounds} flushes found no room: old snapshot kept, journal kept, 0 lost, the next one succeeded")
+    report(
+        capsys,
+        f"{failed} of {rounds} flushes found no room: old snapshot kept, journal kept, 0 lost, the next one succeeded",
+    )
 
 
 @needs_root
@@ -195,7 +198,10 @@ def test_the_daemon_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture
             assert served.stop() == 0
         assert took_s < RESUMES_S
         assert not complaints(disk / "data", ledgers)
-    report(capsys, f"daemon on a full disk: {len(load.refused)} refused with 507, 0 lost, resumed {took_s * 1000:.0f} ms after the room")
+    report(
+        capsys,
+        f"daemon on a full disk: {len(load.refused)} refused with 507, 0 lost, resumed {took_s * 1000:.0f} ms after the room",
+    )
 
 
 @needs_root
@@ -284,5 +290,3 @@ def _wait_for(condition: object, deadline_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < ends_at, "it did not come to it"
         time.sleep(0.01)
-
-

@@ -202,7 +202,9 @@ def test_segments_missing_doubled_swapped(written: Written, capsys: pytest.Captu
             return read_history(directory, written.snapshot_seq)
 
     whole = dict(zip(names, parts, strict=True))
-    assert read(whole) == History({seq: len(part) for seq, part in zip(seqs, parts, strict=True)}, written.lines, None, [], [])
+    assert read(whole) == History(
+        {seq: len(part) for seq, part in zip(seqs, parts, strict=True)}, written.lines, None, [], []
+    )
     noticed = 0
     for index in range(3):
         history = read({name: raw for name, raw in whole.items() if name != names[index]})

@@ -33,7 +33,9 @@ def test_kill_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
     for round in range(KILLS):
         # Flushes are what a kill may find half done, so there are many.
-        with serving(data_dir, "--set", f"journal_max={chance.choice(['64KiB', '1MiB'])}", "--set", "flush_every=1s") as served:
+        with serving(
+            data_dir, "--set", f"journal_max={chance.choice(['64KiB', '1MiB'])}", "--set", "flush_every=1s"
+        ) as served:
             if round:
                 slowest_s = max(slowest_s, served.ready_s)
                 in_doubt += sum(ledger.in_doubt is not None for ledger in ledgers)
@@ -65,7 +67,9 @@ def test_kill_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def _fill(data_dir: Path) -> None:
     engine = reopened(data_dir)
-    ops = [SessionPut(id=f"57300{number:07d}", value={"currentState": "catalog", "n": number}) for number in range(SESSIONS)]
+    ops = [
+        SessionPut(id=f"57300{number:07d}", value={"currentState": "catalog", "n": number})
+        for number in range(SESSIONS)
+    ]
     engine.submit_batch(Batch(ops=list(ops), atomic=False)).wait()
     engine.close()
-

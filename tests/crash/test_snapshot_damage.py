@@ -219,7 +219,9 @@ def test_a_start_survives_any_other_damage(name: str, tmp_path: Path, capsys: py
     raw = pristine[name]
     chance = random.Random(SEED)
     damaged = [raw[:cut] for cut in range(0, len(raw), max(1, len(raw) // (100 if FULL else 8)))]
-    for place in range(len(raw)) if FULL and name == "manifest.json" else [chance.randrange(len(raw)) for _ in range(25)]:
+    for place in (
+        range(len(raw)) if FULL and name == "manifest.json" else [chance.randrange(len(raw)) for _ in range(25)]
+    ):
         flipped = bytearray(raw)
         flipped[place] ^= 1 << chance.randrange(8)
         damaged.append(bytes(flipped))
@@ -239,7 +241,14 @@ def test_a_start_survives_any_other_damage(name: str, tmp_path: Path, capsys: py
         wrong = [text for text in complaints(data_dir, [ledger], log) if "sessions'" in text]
         noticed = log.fields("snapshot.damaged") or log.fields("journal.damaged")
         if wrong or not noticed:
-            lost.append((index, len(content), content[-60:] if len(content) < len(raw) else _difference(raw, content), wrong[:2]))
+            lost.append(
+                (
+                    index,
+                    len(content),
+                    content[-60:] if len(content) < len(raw) else _difference(raw, content),
+                    wrong[:2],
+                )
+            )
         shutil.rmtree(data_dir)
     assert not lost, lost[:5]
     report(capsys, f"{name} damaged in {len(damaged)} ways: all noticed, 0 sessions lost or changed")

@@ -8,7 +8,8 @@ replaced records of the ops in flight, and as shards copied by whoever first cha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from zlib import crc32
+
+from holdfast.checksum import crc32
 
 SHARDS = 256
 """Enough that copying one of a million records' shards takes 0.3 ms, few enough that a small one costs nothing."""
@@ -172,6 +173,13 @@ class Collection:
         if id not in shard:
             self.count += 1
         shard[id] = record
+
+    def fill_all(self, raw_ids: list[bytes], ids: list[str], records: list[bytes]) -> None:
+        """Store many while loading; *raw_ids* are the *ids* in UTF-8, which the caller has at hand."""
+        shards = self._shards
+        for raw_id, id, record in zip(raw_ids, ids, records, strict=True):
+            shards[crc32(raw_id) & 255][id] = record
+        self.count = sum(map(len, shards))
 
     def take_over(self, loaded: Collection) -> None:
         """Hold what *loaded* holds, which is not used any more."""

@@ -182,18 +182,19 @@ def milliseconds(duration: Seconds, what: str) -> int:
 def _session_put(state: State, op: SessionPut, rules: Rules, seq: int, now_ms: int) -> Event:
     id, value = op.id, op.value
     check_id(id, rules)
-    version, ttl = _next_version(state.sessions, op)
-    _check_lease(state, id, op.lease, now_ms)
+    old = state.sessions.get(id)
+    version, ttl = _next_version(old, op)
+    if op.lease is not None or state.leases.count:
+        _check_lease(state, id, op.lease, now_ms)
     encoded = values.encode(value, rules.session_limits)
     if rules.session_id_field not in value:
         encoded = _with_field_first(encoded, rules.session_id_field, id)
-    old = state.sessions.get(id)
     return _session_event(op, "session.put", old, value, encoded, version, ttl, rules, seq, now_ms)
 
 
 def _session_patch(state: State, op: SessionPatch, rules: Rules, seq: int, now_ms: int) -> Event:
     old = _existing(state.sessions, op, "session")
-    version, ttl = _next_version(state.sessions, op)
+    version, ttl = _next_version(old, op)
     _check_lease(state, op.id, op.lease, now_ms)
     _refuse_header(op.value)
     value = values.merge_patch(orjson.loads(record.value_of(old)), op.value)
@@ -205,7 +206,7 @@ def _session_patch(state: State, op: SessionPatch, rules: Rules, seq: int, now_m
 
 def _session_touch(state: State, op: SessionTouch, rules: Rules, seq: int, now_ms: int) -> Event:
     old = _existing(state.sessions, op, "session")
-    version, ttl = _next_version(state.sessions, op)
+    version, ttl = _next_version(old, op)
     _check_lease(state, op.id, op.lease, now_ms)
     value = orjson.loads(record.value_of(old))
     value[rules.session_time_field] = format_ms(now_ms)
@@ -260,8 +261,7 @@ def _time_key(field: str) -> bytes:
 
 
 def _session_delete(state: State, op: SessionDelete, rules: Rules, seq: int, now_ms: int) -> Event:
-    _existing(state.sessions, op, "session")
-    _next_version(state.sessions, op)
+    _next_version(_existing(state.sessions, op, "session"), op)
     _check_lease(state, op.id, op.lease, now_ms)
     return Event(seq, format_ms(now_ms), "session.delete", id=op.id)
 
@@ -315,8 +315,6 @@ def _active_lease(state: State, id: str, now_ms: int) -> dict[str, Any] | None:
 
 
 def _check_lease(state: State, id: str, generation: int | None, now_ms: int) -> None:
-    if generation is None and not state.leases.count:
-        return
     lease = _active_lease(state, id, now_ms)
     if lease is None:
         if generation is not None:
@@ -340,7 +338,7 @@ def _order_put(state: State, op: OrderPut, rules: Rules, seq: int, now_ms: int) 
     check_id(id, rules)
     _refuse_closed(state, id)
     old = state.orders.get(id)
-    version, _ = _next_version(state.orders, op)
+    version, _ = _next_version(old, op)
     encoded = _checked(value, id, rules.order_id_field, rules, as_number=True)
     if old is not None:
         return _order_event(seq, now_ms, "order.put", id, version, encoded, record.header_of(old).counted)
@@ -357,7 +355,7 @@ def _order_put(state: State, op: OrderPut, rules: Rules, seq: int, now_ms: int) 
 def _order_patch(state: State, op: OrderPatch, rules: Rules, seq: int, now_ms: int) -> Event:
     _refuse_closed(state, op.id)
     old = _existing(state.orders, op, "order")
-    version, _ = _next_version(state.orders, op)
+    version, _ = _next_version(old, op)
     encoded = _patched(old, op.value, op.id, rules.order_id_field, rules)
     return _order_event(seq, now_ms, "order.patch", op.id, version, encoded, record.header_of(old).counted)
 
@@ -370,7 +368,7 @@ def _order_complete(state: State, op: OrderComplete, rules: Rules, seq: int, now
             raise Conflict(f"order {op.id!r} is cancelled; a cancelled order cannot be completed")
         return _unchanged(op, closed, seq)
     old = _existing(state.orders, op, "order")
-    version, _ = _next_version(state.orders, op)
+    version, _ = _next_version(old, op)
     changes: dict[str, Any] = {"status": "completed", "completedAt": format_ms(now_ms)}
     if op.revenue is not None:
         changes["revenue"] = orjson.Fragment(figures.money_text(revenue))
@@ -389,7 +387,7 @@ def _order_cancel(state: State, op: OrderCancel, rules: Rules, seq: int, now_ms:
             raise Conflict(f"order {op.id!r} is completed; a completed order cannot be cancelled")
         return _unchanged(op, closed, seq)
     old = _existing(state.orders, op, "order")
-    version, _ = _next_version(state.orders, op)
+    version, _ = _next_version(old, op)
     changes: dict[str, Any] = {"status": "cancelled", "cancelledAt": format_ms(now_ms)}
     if op.reason is not None:
         _check_text(op.reason, "the reason", rules.record_limits.bytes_max)
@@ -401,7 +399,7 @@ def _order_cancel(state: State, op: OrderCancel, rules: Rules, seq: int, now_ms:
 def _order_delete(state: State, op: OrderDelete, rules: Rules, seq: int, now_ms: int) -> Event:
     where = state.orders if state.orders.get(op.id) is not None else state.completed_orders
     old = _existing(where, op, "order")
-    _next_version(where, op)
+    _next_version(old, op)
     return Event(seq, format_ms(now_ms), "order.delete", id=op.id, counted=record.header_of(old).counted)
 
 
@@ -486,29 +484,28 @@ def _oldest(rules: Rules, now_ms: int) -> str:
 
 def _user_put(state: State, op: UserPut, rules: Rules, seq: int, now_ms: int) -> Event:
     check_id(op.id, rules)
-    version, _ = _next_version(state.users, op)
+    version, _ = _next_version(state.users.get(op.id), op)
     encoded = _checked(op.value, op.id, USER_ID_FIELD, rules)
     return Event(seq, format_ms(now_ms), "user.put", "", op.id, version, msgspec.Raw(encoded))
 
 
 def _user_patch(state: State, op: UserPatch, rules: Rules, seq: int, now_ms: int) -> Event:
     old = _existing(state.users, op, "user")
-    version, _ = _next_version(state.users, op)
+    version, _ = _next_version(old, op)
     encoded = _patched(old, op.value, op.id, USER_ID_FIELD, rules)
     return Event(seq, format_ms(now_ms), "user.patch", "", op.id, version, msgspec.Raw(encoded))
 
 
 def _user_delete(state: State, op: UserDelete, rules: Rules, seq: int, now_ms: int) -> Event:
-    _existing(state.users, op, "user")
-    _next_version(state.users, op)
+    _next_version(_existing(state.users, op, "user"), op)
     return Event(seq, format_ms(now_ms), "user.delete", id=op.id)
 
 
 def _record_put(state: State, op: RecordPut, rules: Rules, seq: int, now_ms: int) -> Event:
     check_collection(op.collection, rules)
     check_id(op.id, rules)
-    collection = state.collections.get(op.collection) or Collection(op.collection)
-    version, _ = _next_version(collection, op)
+    collection = state.collections.get(op.collection)
+    version, _ = _next_version(collection.get(op.id) if collection is not None else None, op)
     encoded = _checked(op.value, op.id, RECORD_ID_FIELD, rules)
     return Event(seq, format_ms(now_ms), "record.put", op.collection, op.id, version, msgspec.Raw(encoded))
 
@@ -516,15 +513,14 @@ def _record_put(state: State, op: RecordPut, rules: Rules, seq: int, now_ms: int
 def _record_patch(state: State, op: RecordPatch, rules: Rules, seq: int, now_ms: int) -> Event:
     collection = _existing_collection(state, op.collection, rules)
     old = _existing(collection, op, "record")
-    version, _ = _next_version(collection, op)
+    version, _ = _next_version(old, op)
     encoded = _patched(old, op.value, op.id, RECORD_ID_FIELD, rules)
     return Event(seq, format_ms(now_ms), "record.patch", op.collection, op.id, version, msgspec.Raw(encoded))
 
 
 def _record_delete(state: State, op: RecordDelete, rules: Rules, seq: int, now_ms: int) -> Event:
     collection = _existing_collection(state, op.collection, rules)
-    _existing(collection, op, "record")
-    _next_version(collection, op)
+    _next_version(_existing(collection, op, "record"), op)
     return Event(seq, format_ms(now_ms), "record.delete", op.collection, op.id)
 
 
@@ -560,25 +556,21 @@ def _existing(collection: Collection, op: RecordOp, noun: str) -> bytes:
     raise NotFound(f"no {noun} {op.id!r}")
 
 
-def _next_version(collection: Collection, op: RecordOp) -> tuple[int, int | None]:
-    """The version after *op*, and the ttl that the record has of its own.
+def _next_version(old: bytes | None, op: RecordOp) -> tuple[int, int | None]:
+    """The version after *op* of the record that is now *old*, and the ttl that it has of its own.
 
     Raises:
         VersionMismatch: ``if_version`` names another version than the record has.
     """
-    line = collection.get(op.id)
-    if line is None and not op.if_version:
-        return 1, None
-    version, ttl = 0, None
-    if line is not None:
-        version, is_plain = record.version_of(line)
-        if not is_plain:
-            ttl = record.header_of(line).ttl
     wanted = op.if_version
-    if wanted is not None and wanted != version and not (wanted == ANY_VERSION and version):
-        found = f"has version {version}" if version else "does not exist"
-        raise VersionMismatch(f"{collection.name} {op.id!r} {found}, if_version is {wanted}; read it again")
-    return version + 1, ttl
+    if old is None:
+        if wanted:
+            raise VersionMismatch(f"{op.id!r} does not exist, but if_version is {wanted}; read it again")
+        return 1, None
+    version, is_plain = record.version_of(old)
+    if wanted is not None and wanted != version and wanted != ANY_VERSION:
+        raise VersionMismatch(f"{op.id!r} has version {version}, but if_version is {wanted}; read it again")
+    return version + 1, None if is_plain else record.header_of(old).ttl
 
 
 def _checked(value: dict[str, Any], id: str, id_field: str, rules: Rules, *, as_number: bool = False) -> bytes:

@@ -21,8 +21,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
+from holdfast.checksum import crc32
 from holdfast.disk.files import FULL_ERRNOS, Directory
 from holdfast.errors import JournalBroken, StorageFull
 
@@ -317,8 +317,7 @@ def _read_segment(directory: Directory, name: str, *, distrust_cache: bool) -> b
 def _take_lines(data: bytes, name: str, first_seq: int, lines: dict[int, bytes]) -> list[Damage]:
     """Put the events of a segment into *lines*; return its damages, neighbouring ones as one."""
     damages: list[Damage] = []
-    offset = 0
-    last_seq = first_seq - 1
+    offset = last_seq = 0
     for line in data.split(b"\n"):
         end = offset + len(line) + 1
         if end > len(data) and not line:

@@ -15,10 +15,10 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import msgspec
 
+from holdfast.checksum import crc32
 from holdfast.disk.files import Directory, WrittenFile
 from holdfast.errors import DataRefused
 
@@ -62,7 +62,7 @@ class Manifest(msgspec.Struct, frozen=True):
         at: when, ISO 8601.
         snapshot_seq: the files hold every event up to here.
         files: by name.
-        checksum: CRC-32 of the file with zeros in this place, 8 hex digits.
+        checksum: in the file the CRC-32 of it with zeros in this place, 8 hex digits; here always the zeros.
     """
 
     format: int = FORMAT_VERSION
@@ -108,7 +108,8 @@ def read_manifest(directory: Directory, name: str) -> Manifest | None:
     if _CHECKSUM.findall(raw) != [b"%08x" % crc32(_CHECKSUM.sub(_NO_CHECKSUM.encode(), raw))]:
         raise ValueError("its checksum does not hold")
     try:
-        return msgspec.json.decode(raw, type=Manifest)
+        manifest = msgspec.json.decode(raw, type=Manifest)
+        return msgspec.structs.replace(manifest, checksum=_NO_CHECKSUM)
     except msgspec.ValidationError as error:
         raise ValueError(f"not a manifest: {error}") from None
 
@@ -119,7 +120,8 @@ def snapshot_chunks(shards: Iterable[Iterable[bytes]]) -> Iterator[bytes]:
     for records in shards:
         chunk = _BETWEEN.join(records)
         if chunk:
-            yield separator + chunk
+            yield separator
+            yield chunk
             separator = _BETWEEN
     yield _CLOSING if separator is _BETWEEN else b"[\n]\n"
 
