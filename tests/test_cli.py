@@ -383,11 +383,10 @@ def stopped(tmp_path: Path) -> Path:
     directory.mkdir(parents=True)
     events = [b'{"seq":%d,"op":"session.put","id":"a%d"}' % (seq, seq) for seq in range(1, 6)]
     events.append(b'{"seq":6,"op":"batch","events":[{"op":"order.put","id":"a1"}]}')
-    with Directory(directory) as opened:
-        written = Journal(opened, {}, 1, new_segment=True)
-        for seq, event in enumerate(events, 1):
-            written.append(encode_line(event), seq)
-        written.close()
+    written = Journal(Directory(directory), {}, 1, new_segment=True)
+    for seq, event in enumerate(events, 1):
+        written.append(encode_line(event), seq)
+    written.close()
     return directory.parent
 
 

@@ -86,3 +86,21 @@ def test_what_is_no_moment_is_refused(text: str) -> None:
     """A date alone, a time alone or a number is no moment."""
     with pytest.raises(ValueError):
         parse_ms(text)
+
+
+def test_time_goes_on_while_the_wall_clock_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the wall clock was set back, time goes on at the pace of the monotonic one until it has caught up."""
+    wall_ns, monotonic_s = 1_795_240_800_000_000_000, 100.0
+    monkeypatch.setattr("time.time_ns", lambda: wall_ns)
+    monkeypatch.setattr("time.monotonic", lambda: monotonic_s)
+    clock = Clock()
+    before = clock.now_ms()
+
+    wall_ns -= 2 * 86400 * 10**9
+    at_once = clock.now_ms()
+    monotonic_s += 30
+    later = clock.now_ms()
+    wall_ns += 3 * 86400 * 10**9
+    caught_up = clock.now_ms()
+
+    assert (at_once - before, later - before, caught_up - before) == (0, 30_000, 86400_000)

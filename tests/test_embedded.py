@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import threading
 from collections.abc import Awaitable, Callable
@@ -326,3 +327,24 @@ def test_idle_sessions_expire_by_themselves(tmp_path: Path) -> None:
 
         assert {"holdfast-keeper", "holdfast-journal"} <= names
     assert not {"holdfast-keeper", "holdfast-journal"} & {thread.name for thread in threading.enumerate()}
+
+
+def test_an_opening_that_is_cancelled_gives_the_directory_back(tmp_path: Path) -> None:
+    """Whoever cancels aio.open midway can open the directory again at once."""
+
+    async def cancelled_open() -> None:
+        async def opened() -> None:
+            async with holdfast.aio.open(tmp_path / "data"):
+                raise AssertionError("it was cancelled before")
+
+        task = asyncio.create_task(opened())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled_open())
+
+    with holdfast.open(tmp_path / "data") as hf:
+        hf.users.put("u", {"name": "Ana"})

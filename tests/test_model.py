@@ -187,8 +187,8 @@ class Model:
             del self.versions["orders", op.id]
             return Answer(status=204, seq=seq, id=op.id), True
         if done is not None:
-            wanted = {OrderComplete: "completed", OrderCancel: "cancelled"}.get(type(op))
-            if done["status"] != wanted:
+            closes = isinstance(op, OrderComplete | OrderCancel)
+            if not closes or done["status"] != ("completed" if isinstance(op, OrderComplete) else "cancelled"):
                 raise Refused("conflict")
             return Answer(status=200, seq=seq - 1, id=op.id, version=self.versions["orders", op.id]), False
         if not isinstance(op, OrderPut) and present is None:

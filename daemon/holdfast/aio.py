@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar, Token
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import orjson
 from holdfast.api import Id, OrderOps, RecordOps, SessionOps, StatsOps
 from holdfast.embedded import LIST_PAGE, Keeper, count_of, note_ticket, sales_of, settings_from
 from holdfast.engine import Engine, Page, Record, Ticket
-from holdfast.errors import BadRequest
+from holdfast.errors import BadRequest, HoldfastError
 from holdfast.flush import FlushReport
 from holdfast.ops import Answer, AnyOp, Batch, Durability
 from holdfast.recovery import open_engine
@@ -29,7 +30,17 @@ async def open(data_dir: str | os.PathLike[str] = "data", **settings: Any) -> As
         async with holdfast.aio.open("data") as hf:
             await hf.sessions.put("573001234567", {"currentState": "catalog"})
     """
-    engine = await asyncio.to_thread(lambda: open_engine(settings_from(data_dir, settings)))
+    cancelled = threading.Event()
+    chosen = settings_from(data_dir, settings)
+    opening = asyncio.create_task(asyncio.to_thread(open_engine, chosen, cancelled=cancelled))
+    try:
+        engine = await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        # The thread goes on for a moment, and the directory must not stay locked behind it.
+        cancelled.set()
+        with suppress(HoldfastError, OSError):
+            await asyncio.to_thread((await opening).close, flush=False)
+        raise
     keeper = Keeper(engine)
     try:
         yield AsyncHoldfast(engine)

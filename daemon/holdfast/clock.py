@@ -12,19 +12,28 @@ _MILLISECOND = timedelta(milliseconds=1)
 class Clock:
     """Wall time for records, monotonic time for timers; the one place that asks the system for either.
 
-    ``now_ms`` never runs backwards within one object: when the wall clock is set back, it stands still
-    until the wall clock has caught up. Thread-safe enough for its use: the engine calls it under its lock.
+    ``now_ms`` never runs backwards within one object: when the wall clock is set back, it goes on at the pace of the
+    monotonic one until the wall clock has caught up, so that leases and keys still end in their time. Thread-safe
+    enough for its use: the engine calls it under its lock.
     """
 
     def __init__(self) -> None:
         self._last_ms = 0
+        # While the wall clock is behind: where it was left, and the monotonic time of that moment.
+        self._left_at: tuple[int, float] | None = None
 
     def now_ms(self) -> int:
         """Milliseconds since 1970-01-01 UTC, never less than the value before."""
         now = time.time_ns() // 1_000_000
-        if now > self._last_ms:
-            self._last_ms = now
-        return self._last_ms
+        if now >= self._last_ms:
+            self._left_at = None
+        else:
+            if self._left_at is None:
+                self._left_at = (self._last_ms, self.monotonic())
+            left_ms, left_at = self._left_at
+            now = max(left_ms + int((self.monotonic() - left_at) * 1000), self._last_ms)
+        self._last_ms = now
+        return now
 
     def monotonic(self) -> float:
         """Seconds of an arbitrary origin that no one can set; for timers and durations only."""

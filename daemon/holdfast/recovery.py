@@ -6,6 +6,7 @@ done nothing is written except evidence and copies; a start that is cancelled le
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -56,7 +57,7 @@ def open_engine(
         clock: for tests.
         cancelled: set it to give up; nothing is written then.
         progress: told in words how far it is.
-        log: a structlog logger.
+        log: a structlog logger; without one, that of the program, or the standard logger ``holdfast``.
 
     Raises:
         DirectoryLocked: another process has it.
@@ -76,7 +77,7 @@ def open_engine(
                 clock or Clock(),
                 cancelled or threading.Event(),
                 progress or (lambda text: None),
-                log if log is not None else structlog.get_logger(),
+                log if log is not None else _library_log(),
             )
             return recovery.run(lock)
         except BaseException:
@@ -85,6 +86,18 @@ def open_engine(
     except BaseException:
         lock.release()
         raise
+
+
+def _library_log() -> Any:
+    """Where a program that has opened us itself finds our events: its structlog, or the standard logger ``holdfast``."""
+    if structlog.is_configured():
+        return structlog.get_logger()
+    renderer = structlog.processors.KeyValueRenderer(key_order=["event"])
+    return structlog.wrap_logger(
+        logging.getLogger("holdfast"),
+        processors=[structlog.stdlib.filter_by_level, structlog.processors.format_exc_info, renderer],
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
 
 
 class _Recovery:

@@ -488,7 +488,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 5 * MINUTE
     journal_max: Annotated[
         int,
-        Size("A journal grown past this is flushed early; larger makes a restart slower.", low=64 * KIB, high=TIB),
+        Size("A journal grown past this is flushed early; larger makes a restart slower.", low=64 * KIB, high=GIB),
     ] = 256 * MIB
     shutdown_timeout: Annotated[
         float,

@@ -138,7 +138,7 @@ def test_inodes_used_up(tmp_path: Path) -> None:
         ledger = Ledger(0, SEED)
         engine = reopened(disk / "data")
         _many(engine, ledger, 20)
-        taken = []
+        taken: list[Path] = []
         try:
             while True:
                 taken.append(disk / f"file{len(taken)}")

@@ -59,11 +59,14 @@ def test_power_cuts(disk: tuple[Path, Path], capsys: pytest.CaptureFixture[str])
         engine = reopened(place / "data", log)
         wrong += differences(ledgers, found_in(engine)) + engine.degraded + surprises(log)
         assert not wrong, (cut, wrong[:5])
-        workers = [threading.Thread(target=_work, args=(engine, ledger)) for ledger in ledgers]
+        has_power = threading.Event()
+        has_power.set()
+        workers = [threading.Thread(target=_work, args=(engine, ledger, has_power)) for ledger in ledgers]
         workers.append(threading.Thread(target=_flush, args=(engine,)))
         for worker in workers:
             worker.start()
         time.sleep(chance.uniform(0.005, 0.06))
+        has_power.clear()
         _cut(place)
         for worker in workers:
             worker.join()
@@ -82,12 +85,16 @@ def test_power_cuts(disk: tuple[Path, Path], capsys: pytest.CaptureFixture[str])
     )
 
 
-def _work(engine: Engine, ledger: Ledger) -> None:
+def _work(engine: Engine, ledger: Ledger, has_power: threading.Event) -> None:
     while True:
         try:
             do(engine, ledger.propose())
         except HoldfastError:
             return  # in doubt from now on
+        if not has_power.is_set():
+            # Nobody is told anything without power. And a sync that runs while the kernel shuts the file system down
+            # may return 0 for data that is gone: 4 of 150 cuts of a bare write and fdatasync loop, none before the cut.
+            return
         ledger.acknowledge()
 
 
