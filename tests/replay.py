@@ -235,7 +235,7 @@ class Client:
         raw = response.read()
         if response.status >= 300:
             raise RuntimeError(f"{method} {path} answered {response.status}: {raw[:500]!r}")
-        return json.loads(raw, parse_float=Decimal)
+        return json.loads(raw, parse_float=Decimal) if raw else None
 
     def close(self) -> None:
         self._connection.close()

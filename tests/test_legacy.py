@@ -125,7 +125,12 @@ def written_by_an_old_bot(directory: Path) -> Legacy:
     write_pretty(directory / "sales_stats.json", {"daily": days, "totals": totals})
     write_pretty(directory / "contacts.json", [{"id": f"c{number}", "name": NAMES[number]} for number in range(5)])
     write_pretty(directory / "config.json", [{"backup_count": 5}])
-    invalid = len(unusable) + len(unusable_orders)
+    (directory / "users").mkdir()
+    for number, name in enumerate(NAMES):
+        profile = {"user_id": f"user-{number}", "created_at": python_time(now), "name": name}
+        write_pretty(directory / "users" / f"user-{number}.json", profile)
+    (directory / "users" / "broken.json").write_text('{"user_id": "bro', encoding="utf-8")
+    invalid = len(unusable) + len(unusable_orders) + 1
     return Legacy(alive, orders, stale, invalid, merged, days[-DAYS_KEPT:], totals)
 
 
@@ -183,6 +188,7 @@ def test_every_surviving_record_is_equal_field_by_field(loaded: Loaded) -> None:
     assert loaded.found("/v1/sessions") == as_read(loaded.legacy.sessions)
     assert loaded.found("/v1/orders") == as_read(loaded.legacy.orders)
     assert [record["name"] for _, record in sorted(loaded.found("/v1/collections/contacts").items())] == NAMES
+    assert [profile["name"] for _, profile in sorted(loaded.found("/v1/users").items())] == NAMES
 
 
 def test_the_last_90_days_of_sales_are_kept(loaded: Loaded) -> None:
@@ -221,3 +227,17 @@ def test_the_files_that_replace_them_load_the_same(loaded: Loaded) -> None:
         assert (event["dropped_stale"], event["skipped_invalid"], event["merged"]) == (0, 0, 0)
     finally:
         again.close()
+
+
+def test_a_removed_user_does_not_come_back(loaded: Loaded) -> None:
+    """The old bot's profile files are read once; a profile that was removed since stays removed."""
+    loaded.client.ask("DELETE", "/v1/users/user-0")
+    loaded.daemon.stop(signal.SIGTERM)
+
+    again = Daemon(loaded.directory)
+    try:
+        users = {item["id"] for item in listed(Client(again.addresses[0], None), "/v1/users")}
+    finally:
+        again.close()
+
+    assert users == {f"user-{number}" for number in range(1, len(NAMES))}

@@ -7,6 +7,7 @@ done nothing is written except evidence and copies; a start that is cancelled le
 from __future__ import annotations
 
 import logging
+import stat
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from holdfast.core.collection import Collection
 from holdfast.core.decide import Rules, decide_expiry
 from holdfast.core.event import decode_event
 from holdfast.core.sales import decode_sales, oldest_day
-from holdfast.core.state import BUILT_IN, EVENT_OPS, SESSIONS, State, apply, is_custom_name
+from holdfast.core.state import BUILT_IN, EVENT_OPS, SESSIONS, USERS, State, apply, is_custom_name
 from holdfast.disk.files import Directory, DirectoryLock, prepare_directory
 from holdfast.disk.journal import Damage, History, Journal, read_history, segment_name
 from holdfast.disk.snapshot import (
@@ -39,6 +40,7 @@ from holdfast.flush import SALES_FILE, Flusher, file_of
 from holdfast.load import Counts, load_foreign, load_trusted
 from holdfast.settings import Settings
 
+_OLD_USERS = "users"
 _NOT_COLLECTIONS = frozenset({MANIFEST, MANIFEST_NEXT, SALES_FILE, "tokens.json"})
 
 
@@ -229,6 +231,7 @@ class _Recovery:
         for file, name in names.items():
             self._check_cancelled()
             self._load_collection(file, name)
+        self._load_user_files()
         self._load_sales()
 
     def _load_collection(self, file: str, name: str) -> None:
@@ -305,6 +308,28 @@ class _Recovery:
             self._lose(file, f"{file} changed on the disk without being written", records)
         else:
             self._log.warning("snapshot.edited", file=file, records=records)
+
+    def _load_user_files(self) -> None:
+        """Load the profiles of an old bot, one file each in ``users/``, as long as there is no file of ours with all of them."""
+        found = self._directory.stat(_OLD_USERS)
+        if found is None or not stat.S_ISDIR(found.st_mode) or self._directory.stat(file_of(USERS)) is not None:
+            return
+        profiles = []
+        with self._directory.subdirectory(_OLD_USERS) as old:
+            for name in old.names():
+                if not name.endswith(".json"):
+                    continue
+                self._check_cancelled()
+                try:
+                    profiles.append(msgspec.json.decode(old.read(name)))
+                except (OSError, ValueError, RecursionError) as error:
+                    self._counts.skipped_invalid += 1
+                    self._log.info("file.ignored", file=f"{_OLD_USERS}/{name}", reason=str(error))
+        collection = Collection(USERS)
+        counts = load_foreign(profiles, self._state, collection, self._rules, self._now_ms, bump_versions=False)
+        self._counts.skipped_invalid += counts.skipped_invalid
+        self._counts.merged += counts.merged
+        self._adopt(collection, 0)
 
     def _load_sales(self) -> None:
         if self._directory.stat(SALES_FILE) is None:
