@@ -14,7 +14,7 @@ import orjson
 import pytest
 
 from holdfast.clock import format_ms
-from holdfast.engine import EXPIRE_AT_ONCE, PAGE_LOOKS_AT_MOST, Engine
+from holdfast.engine import EXPIRE_AT_ONCE, Engine
 from holdfast.errors import BadRequest, ForkedProcess, HoldfastError, Leased, NotFound, TooLarge, VersionMismatch
 from holdfast.flush import FlushReport
 from holdfast.ops import (
@@ -33,6 +33,7 @@ from holdfast.ops import (
     StatsOrder,
     UserPut,
 )
+from holdfast.pages import PAGE_LOOKS_AT_MOST
 from tests.engine_harness import (
     ANSWER_S,
     NOW_MS,

@@ -16,7 +16,7 @@ LAYERS = [
     {"ops"},
     {"settings", "values", "record"},
     {"core", "disk"},
-    {"commit", "engine", "flush", "load", "recovery"},
+    {"commit", "engine", "flush", "load", "pages", "recovery"},
     {"api"},
     {"embedded", "aio"},
     {"http"},

@@ -14,10 +14,11 @@ import orjson
 
 from holdfast.api import Id, OrderOps, RecordOps, SessionOps, StatsOps
 from holdfast.embedded import LIST_PAGE, Keeper, count_of, note_ticket, sales_of, settings_from
-from holdfast.engine import Engine, Page, Record, Ticket
+from holdfast.engine import Engine, Ticket
 from holdfast.errors import BadRequest, HoldfastError
 from holdfast.flush import FlushReport
 from holdfast.ops import Answer, AnyOp, Batch, Durability
+from holdfast.pages import Page, Record
 from holdfast.recovery import open_engine
 
 

@@ -6,24 +6,20 @@ synchronous and thread-safe; ``Ticket.committed`` is its only door to asyncio.
 
 from __future__ import annotations
 
-import base64
 import os
 import threading
 import weakref
-from bisect import bisect_right
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 from zoneinfo import ZoneInfo
 
 import msgspec
-import orjson
 
 from holdfast import record
 from holdfast.clock import Clock, format_ms
 from holdfast.commit import Batch as WriteBatch
 from holdfast.commit import Committer
-from holdfast.core.collection import SHARDS
-from holdfast.core.decide import Rules, activity_ms, decide, decide_expiry
+from holdfast.core.decide import Rules, decide, decide_expiry
 from holdfast.core.event import Event, encode_event
 from holdfast.core.sales import encode_sales
 from holdfast.core.state import COMPLETED_ORDERS, KEYS, LEASES, ORDERS, SESSIONS, USERS, State, answer_of, apply
@@ -33,46 +29,15 @@ from holdfast.errors import BadRequest, ForkedProcess, HoldfastError, StorageFul
 from holdfast.flush import Flusher, FlushReport
 from holdfast.load import forgotten_ms
 from holdfast.ops import Answer, AnyOp, Batch, Durability
+from holdfast.pages import Filter, Page, Record, page_of
 from holdfast.settings import Settings
 from holdfast.values import ValueLimits
 
 EXPIRE_AT_ONCE = 1_000
 """Sessions that one ``session.expire`` event may hold, so that no event and no wait for the lock is long."""
 
-PAGE_BYTES_MAX = 8 << 20
-"""Of the values in one page; it may then be short, with a cursor to go on."""
-
-PAGE_LOOKS_AT_MOST = 5_000
-"""Records that one filtered page examines; it may then be short, with a cursor to go on."""
-
 CLOCK_JUMP_MS = 5 * 60_000
 """A wall clock this far ahead of the monotonic one has jumped; expiry does not believe it."""
-
-
-class Record(NamedTuple):
-    """A stored record.
-
-    Attributes:
-        id: as text.
-        version: counted from 1.
-        value: the JSON object as it was stored.
-    """
-
-    id: str
-    version: int
-    value: bytes
-
-
-class Page(NamedTuple):
-    """A part of a list.
-
-    Attributes:
-        items: the records; may be fewer than asked for, even none, when *next* is given.
-        next: the cursor of the following page; None at the end.
-    """
-
-    items: list[Record]
-    next: str | None
 
 
 class Ticket(msgspec.Struct, frozen=True):
@@ -375,53 +340,8 @@ class Engine:
             BadRequest: a cursor of another list, or a filter that this collection does not have.
         """
         self._check_readable()
-        if limit < 1:
-            raise BadRequest(f"limit must be 1 or more, found {limit}")
-        names = [ORDERS, COMPLETED_ORDERS] if collection == ORDERS else [collection]
-        parts = [part for name in names if (part := self._state.collections.get(name)) is not None]
-        matches = self._filter(collection, since_ms, state)
-        first_place, after = _decode_cursor(cursor, collection)
-        items: list[Record] = []
-        looks = size = 0
-        for place in range(first_place, len(parts) * SHARDS):
-            part = parts[place // SHARDS]
-            with self._lock:
-                ids = list(part.committed_shard(place % SHARDS))
-            ids.sort()
-            for id in ids[bisect_right(ids, after) :] if after else ids:
-                line = part.committed(id)
-                looks += 1
-                if line is not None and (matches is None or matches(line)):
-                    value, version = record.split(line)
-                    items.append(Record(id, version, value))
-                    size += len(line)
-                if len(items) == limit or looks == PAGE_LOOKS_AT_MOST or size >= PAGE_BYTES_MAX:
-                    return Page(items, _encode_cursor(collection, place, id))
-            after = ""
-        return Page(items, None)
-
-    def _filter(self, collection: str, since_ms: int | None, state: str | None) -> Callable[[bytes], bool] | None:
-        rules = self._rules
-        state_field = {SESSIONS: "currentState", ORDERS: "status"}.get(collection)
-        if state is not None and state_field is None:
-            raise BadRequest(f"{collection} have no state to filter by; sessions and orders have")
-        if since_ms is None and state is None:
-            return None
-        wanted = state.encode("utf-8", "replace") if state is not None and state.isalnum() else b""
-
-        def matches(line: bytes) -> bool:
-            if wanted not in line:
-                return False
-            value = orjson.loads(line)
-            if state is not None and value.get(state_field) != state:
-                return False
-            if since_ms is None:
-                return True
-            if collection == SESSIONS:
-                return activity_ms(line, rules) >= since_ms
-            return (record.header_of(line).at or 0) >= since_ms
-
-        return matches
+        wanted = Filter(since_ms, state)
+        return page_of(self._state, self._lock, self._rules, collection, limit, cursor, wanted)
 
     def count(self, collection: str) -> int:
         """How many records, in their last durable state."""
@@ -610,24 +530,6 @@ def _check_durability(durability: Durability | None) -> None:
 
 
 _DURABILITIES = get_args(Durability)
-
-
-def _encode_cursor(collection: str, place: int, id: str) -> str:
-    return base64.urlsafe_b64encode(orjson.dumps([collection, place, id])).decode().rstrip("=")
-
-
-def _decode_cursor(cursor: str | None, collection: str) -> tuple[int, str]:
-    if cursor is None:
-        return 0, ""
-    try:
-        name, place, id = msgspec.json.decode(
-            base64.urlsafe_b64decode(cursor.encode("ascii") + b"=" * (-len(cursor) % 4)), type=tuple[str, int, str]
-        )
-    except (ValueError, msgspec.DecodeError):
-        raise BadRequest("not a cursor; use the 'next' of the page before, or leave it out") from None
-    if name != collection or not 0 <= place < 2 * SHARDS:
-        raise BadRequest(f"a cursor of the list of {name!r:.80}, this is the list of {collection!r:.80}")
-    return place, id
 
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()

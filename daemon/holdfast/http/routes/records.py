@@ -39,7 +39,7 @@ from holdfast.ops import (
 from holdfast.values import decode_object, decode_typed
 
 if TYPE_CHECKING:
-    from holdfast.engine import Page
+    from holdfast.pages import Page
 
 PAGE_DEFAULT = 100
 INTEGER_DIGITS_MAX = 18

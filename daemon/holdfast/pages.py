@@ -1,0 +1,139 @@
+"""Lists of records, a page at a time, in an order that inserts and removals do not upset."""
+
+from __future__ import annotations
+
+import base64
+import threading
+from bisect import bisect_right
+from collections.abc import Callable
+
+import msgspec
+import orjson
+
+from holdfast import record
+from holdfast.core.collection import SHARDS
+from holdfast.core.decide import Rules, activity_ms
+from holdfast.core.state import COMPLETED_ORDERS, ORDERS, SESSIONS, State
+from holdfast.errors import BadRequest
+
+PAGE_BYTES_MAX = 8 << 20
+"""Of the values in one page; it may then be short, with a cursor to go on."""
+
+PAGE_LOOKS_AT_MOST = 5_000
+"""Records that one filtered page examines; it may then be short, with a cursor to go on."""
+
+_STATE_FIELD = {SESSIONS: "currentState", ORDERS: "status"}
+
+
+class Record(msgspec.Struct, frozen=True, gc=False):
+    """A stored record.
+
+    Attributes:
+        id: as text.
+        version: counted from 1.
+        value: the JSON object as it was stored.
+    """
+
+    id: str
+    version: int
+    value: bytes
+
+
+class Page(msgspec.Struct, frozen=True):
+    """A part of a list.
+
+    Attributes:
+        items: the records; may be fewer than asked for, even none, when *next* is given.
+        next: the cursor of the following page; None at the end.
+    """
+
+    items: list[Record]
+    next: str | None
+
+
+class Filter(msgspec.Struct, frozen=True):
+    """Which records of a list are wanted.
+
+    Attributes:
+        since_ms: active (sessions) or changed (others) at or after this, ms since 1970.
+        state: sessions with this ``currentState``, orders with this ``status``.
+    """
+
+    since_ms: int | None = None
+    state: str | None = None
+
+
+def page_of(
+    state: State, lock: threading.Lock, rules: Rules, name: str, limit: int, cursor: str | None, wanted: Filter
+) -> Page:
+    """Up to *limit* records of the list *name* that are *wanted*, from *cursor* on, in their last durable state.
+
+    The order is that of shards, and of ids within one: of no meaning, but the same in every process. ``orders`` are the
+    pending ones, then those completed or cancelled.
+
+    Raises:
+        BadRequest: no limit, a cursor of another list, or a filter that this list does not have.
+    """
+    if limit < 1:
+        raise BadRequest(f"limit must be 1 or more, found {limit}")
+    names = [ORDERS, COMPLETED_ORDERS] if name == ORDERS else [name]
+    parts = [part for each in names if (part := state.collections.get(each)) is not None]
+    matches = _matcher(name, wanted, rules)
+    first_place, after = _decode_cursor(cursor, name)
+    items: list[Record] = []
+    looks = size = 0
+    for place in range(first_place, len(parts) * SHARDS):
+        part = parts[place // SHARDS]
+        with lock:
+            ids = list(part.committed_shard(place % SHARDS))
+        ids.sort()
+        for id in ids[bisect_right(ids, after) :] if after else ids:
+            line = part.committed(id)
+            looks += 1
+            if line is not None and (matches is None or matches(line)):
+                value, version = record.split(line)
+                items.append(Record(id, version, value))
+                size += len(line)
+            if len(items) == limit or looks == PAGE_LOOKS_AT_MOST or size >= PAGE_BYTES_MAX:
+                return Page(items, _encode_cursor(name, place, id))
+        after = ""
+    return Page(items, None)
+
+
+def _matcher(name: str, wanted: Filter, rules: Rules) -> Callable[[bytes], bool] | None:
+    state, since_ms = wanted.state, wanted.since_ms
+    state_field = _STATE_FIELD.get(name)
+    if state is not None and state_field is None:
+        raise BadRequest(f"{name} have no state to filter by; sessions and orders have")
+    if since_ms is None and state is None:
+        return None
+    # Most records are ruled out without being decoded.
+    part = state.encode("utf-8", "replace") if state is not None and state.isalnum() else b""
+
+    def matches(line: bytes) -> bool:
+        if part not in line or (state is not None and orjson.loads(line).get(state_field) != state):
+            return False
+        if since_ms is None:
+            return True
+        changed_ms = activity_ms(line, rules) if name == SESSIONS else record.header_of(line).at or 0
+        return changed_ms >= since_ms
+
+    return matches
+
+
+def _encode_cursor(name: str, place: int, id: str) -> str:
+    return base64.urlsafe_b64encode(orjson.dumps([name, place, id])).decode().rstrip("=")
+
+
+def _decode_cursor(cursor: str | None, name: str) -> tuple[int, str]:
+    if cursor is None:
+        return 0, ""
+    try:
+        of, place, id = msgspec.json.decode(
+            base64.urlsafe_b64decode(cursor.encode("ascii") + b"=" * (-len(cursor) % 4)), type=tuple[str, int, str]
+        )
+    except (ValueError, msgspec.DecodeError):
+        raise BadRequest("not a cursor; use the 'next' of the page before, or leave it out") from None
+    if of != name or not 0 <= place < 2 * SHARDS:
+        raise BadRequest(f"a cursor of the list of {of!r:.80}, this is the list of {name!r:.80}")
+    return place, id
