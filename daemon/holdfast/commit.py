@@ -310,8 +310,10 @@ class Committer:
             return error
         except JournalBroken as error:
             self._broken = error
-            self._fail(batch, error, deferred)
+            # Before anybody is told: whether these ops come back shows only after a restart, so a daemon ends here
+            # without an answer that could be taken for a refusal.
             self.on_broken(error)
+            self._fail(batch, error, deferred)
             return error
         return self._rotate() if checkpoint else None
 
