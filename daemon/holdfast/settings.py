@@ -425,7 +425,7 @@ class LimitSettings(msgspec.Struct, frozen=True, kw_only=True):
         int, Size("A longer request body is refused with too_large; each may be held in memory.", low=KIB, high=GIB)
     ] = 10 * MIB
     record_bytes: Annotated[int, Size("A larger record is refused with too_large.", low=KIB, high=64 * MIB)] = MIB
-    depth: Annotated[int, Count("JSON nested deeper is refused with invalid_record.", low=1, high=200)] = 64
+    depth: Annotated[int, Count("JSON nested deeper is refused with invalid_record.", low=1, high=200)] = 128
     keys: Annotated[
         int, Count("A record with more keys, counted at all depths, is refused.", low=1, high=1_000_000)
     ] = 10_000

@@ -35,7 +35,7 @@ class ValueLimits(msgspec.Struct, frozen=True):
     """
 
     bytes_max: int = 1 << 20
-    depth_max: int = 64
+    depth_max: int = 128
     keys_max: int = 10_000
 
 
@@ -56,15 +56,18 @@ def encode(value: Mapping[str, Any], limits: ValueLimits = DEFAULT_LIMITS) -> by
     if _NULL.search(encoded):
         # orjson writes NaN and the infinities as null; only a walk can tell them from None.
         _refuse_not_finite(value)
-    check_limits(value, encoded, limits)
+    # Each level takes two bytes at least, each key four: what is this short needs no closer look.
+    size = len(encoded)
+    if size > 2 * limits.depth_max or size > 4 * limits.keys_max or size > limits.bytes_max:
+        check_limits(value, encoded, limits)
     return encoded
 
 
 def check_limits(value: Any, encoded: bytes, limits: ValueLimits) -> None:
     """Refuse a value above its limits.
 
-    The count of opening brackets bounds the depth from above, and the length the number of keys (each takes at least
-    four bytes, ``"":0``), at the price of one scan in C; only values with many of them are walked.
+    The count of opening brackets bounds the depth from above, and the length the number of keys, at the price of one
+    scan in C; only values with many of them are walked.
 
     Raises:
         TooLarge: more bytes, depth or keys than *limits* allow.
