@@ -14,13 +14,42 @@ from holdfast import record
 from holdfast.clock import parse_ms
 from holdfast.core.collection import Collection
 from holdfast.core.decide import RECORD_ID_FIELD, USER_ID_FIELD, Rules, due_ms
-from holdfast.core.state import COMPLETED_ORDERS, KEY_TTL_MS, KEYS, LEASES, ORDERS, SESSIONS, USERS, State
+from holdfast.core.state import COMPLETED_ORDERS, COUNTED, KEY_TTL_MS, KEYS, LEASES, ORDERS, SESSIONS, USERS, State
 from holdfast.core.wheel import MINUTE_MS
 from holdfast.disk.files import Directory
 from holdfast.disk.snapshot import FileEntry, read_blocks
 
 _STAMP = rb"(?:([-0-9T:]{16}):[0-9.]{6}Z\")?"
 """A time in the form that we write, its minute as the group; any other leaves the group empty."""
+
+
+class _Lease(msgspec.Struct):
+    id: str
+    generation: int
+    until: int
+    owner: str | None
+
+
+class _Key(msgspec.Struct):
+    id: str
+    op: str
+    collection: str
+    target: str
+    at: int
+    status: int
+    seq: int
+    version: int
+    generation: int | None
+    expires_at: str | None
+
+
+class _Mark(msgspec.Struct):
+    id: str
+    completed: bool
+
+
+_BOOKKEEPING: dict[str, type[msgspec.Struct]] = {LEASES: _Lease, KEYS: _Key, COUNTED: _Mark}
+"""What the records of our own collections hold; nobody else checks them when they are used."""
 
 
 class Counts(msgspec.Struct):
@@ -197,6 +226,8 @@ def _foreign_line(collection: str, value: Any, rules: Rules, now_ms: int, *, bum
     if type(value) is not dict:
         raise TypeError("not an object")
     raw_header = value.pop(record.HEADER_KEY, None)
+    if collection in _BOOKKEEPING:
+        msgspec.convert(value, _BOOKKEEPING[collection])
     given = value.get(id_field_of(collection, rules))
     if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
         raise ValueError("no id")

@@ -113,7 +113,7 @@ class Served:
 
     Attributes:
         log_path: its stdout and stderr.
-        ready_s: how long it took until READY; infinite before.
+        started_s, ready_s: how long it took until it heeded signals, and until READY; infinite before.
     """
 
     def __init__(self, data_dir: Path, *arguments: str, wrapper: Iterable[str] = ()) -> None:
@@ -122,7 +122,7 @@ class Served:
         self._log = self.log_path.open("ab")
         self._log_starts_at = self.log_path.stat().st_size
         self.started_at = time.monotonic()
-        self.ready_s = float("inf")
+        self.started_s = self.ready_s = float("inf")
         self.process = subprocess.Popen(
             [
                 *wrapper,
@@ -151,18 +151,27 @@ class Served:
         raw = self.log_path.read_bytes()[self._log_starts_at :]
         return [json.loads(line) for line in raw.splitlines() if line.startswith(b"{")]
 
+    def started(self) -> float:
+        """Wait until it heeds signals; seconds since it was started."""
+        self.started_s = self._wait_for(b'"daemon.started"', 20.0)
+        return self.started_s
+
     def ready(self, deadline_s: float = 20.0) -> float:
         """Wait until it says READY; seconds since it was started."""
+        self.started()
+        self.ready_s = self._wait_for(b'"daemon.ready"', deadline_s)
+        return self.ready_s
+
+    def _wait_for(self, event: bytes, deadline_s: float) -> float:
         ends_at = time.monotonic() + deadline_s
         while time.monotonic() < ends_at:
-            if b'"daemon.ready"' in self.log_path.read_bytes()[self._log_starts_at :]:
-                self.ready_s = time.monotonic() - self.started_at
-                return self.ready_s
+            if event in self.log_path.read_bytes()[self._log_starts_at :]:
+                return time.monotonic() - self.started_at
             assert self.process.poll() is None, (
                 f"it ended: {self.log_path.read_bytes()[self._log_starts_at :][-2000:]!r}"
             )
             time.sleep(0.005)
-        raise AssertionError(f"not ready within {deadline_s} s: {self.events()}")
+        raise AssertionError(f"no {event!r} within {deadline_s} s: {self.events()}")
 
     def connect(self) -> Client:
         return Client(self.data_dir / "holdfast.sock")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from holdfast.disk.files import Directory
-from holdfast.disk.journal import History, JournalLine, read_history, segment_name
+from holdfast.disk.journal import History, JournalLine, encode_line, read_history, segment_name
 from tests.crash.harness import FULL, SEED, Recorder, contents, do, reopened, report
 from tests.crash.oracle import Ledger, differences, found_in
 
@@ -180,6 +180,9 @@ def test_stale_events_behind_the_tail(written: Written, capsys: pytest.CaptureFi
 
             assert history.lines == written.lines
             assert history.torn is not None or history.damages
+    # Of a segment that was pruned long ago.
+    pruned = encode_line(b'{"seq":3,"at":"2026-11-21T06:00:00.000Z","op":"stats.order"}')
+    assert written.journal(written.raw + pruned).lines == written.lines
     report(capsys, f"stale events behind the tail: {tried} of {tried} noticed, 0 replayed")
 
 

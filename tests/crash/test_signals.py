@@ -27,7 +27,7 @@ def test_stopped_while_loading(tmp_path: Path, capsys: pytest.CaptureFixture[str
     data_dir = tmp_path / "data"
     _write_journal(data_dir / "journal")
     with serving(data_dir) as served:
-        loads_s = served.ready_s
+        loads_s = served.ready_s - served.started_s
         served.kill()
     before = contents(data_dir)
     moments = [index / 10 for index in (range(1, 10) if FULL else (2, 5, 8))]
@@ -35,6 +35,7 @@ def test_stopped_while_loading(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     for moment in moments:
         served = Served(data_dir)
+        served.started()
         time.sleep(loads_s * moment)
         asked_at = time.monotonic()
         code = served.stop()

@@ -151,6 +151,9 @@ class _Lint:
         if not is_over:
             if call.source in self._unsynced_files:
                 self.faults.append(f"{call.source} renamed before it was synced")
+            waiting, name = list(self.waiting_directories.values()), os.path.basename(call.target)
+            if waiting and (name == "manifest.json" or any("manifest.next" in one for one in waiting)):
+                self.faults.append(f"{name} came into place while {waiting} were not durable")
         else:
             self.renames += 1
             self.waiting_directories[os.path.dirname(call.target)] = call.target

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -199,7 +200,7 @@ def _whole_records(text: str) -> list[Any]:
     decode = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).raw_decode
     begin = _record_start(text)
     records: list[Any] = []
-    match = begin.search(text)
+    match = _AFTER_BAD_NEWLINE.match(text) or begin.search(text)
     while match is not None:
         start = match.end() - 1
         try:
@@ -209,8 +210,15 @@ def _whole_records(text: str) -> list[Any]:
         else:
             if isinstance(value, dict) and "\ufffd" not in text[start:end]:
                 records.append(value)
+            match = _AFTER_BAD_NEWLINE.match(text, end)
+            if match is not None:
+                continue
         match = begin.search(text, end)
     return records
+
+
+_AFTER_BAD_NEWLINE = re.compile(r"[\[,].[ \t]*\{", re.DOTALL)
+"""Right behind the bracket or a whole record: a record, even if the newline between them is damaged."""
 
 
 def _finite(number: str) -> float:
@@ -222,10 +230,12 @@ def _finite(number: str) -> float:
 
 def _record_start(text: str) -> re.Pattern[str]:
     """How the records of this file begin: after a newline and the first record's indentation, or after any comma."""
-    first = re.search(r"\[(\r?\n[ \t]*)\{", text[:4096]) or re.match(r"()(\s*)\{", text)
-    if first is not None and first[1]:
+    first = re.match(r"\s*\[(\r?\n[ \t]*)\{", text)
+    if first is not None:
         return re.compile(re.escape(first[1]) + r"\{")
-    line_by_line = re.search(r"(?:^|\n)([ \t]*)\{", text)
-    if line_by_line is not None and text.count("\n" + line_by_line[1] + "{") > 1:
-        return re.compile(r"\n" + re.escape(line_by_line[1]) + r"\{")
+    # Objects inside of records stand deeper.
+    indents = Counter(re.findall(r"(?:^|\n)([ \t]*)\{", text))
+    repeated = [indent for indent, count in indents.items() if count > 1]
+    if repeated:
+        return re.compile(r"\n" + re.escape(min(repeated, key=len)) + r"\{")
     return re.compile(r"[\[,]\s*\{")
