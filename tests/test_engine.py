@@ -678,3 +678,17 @@ def test_status_is_json(tmp_path: Path) -> None:
         assert (status["sessions"], status["collections"], status["seq"]) == (1, {"notes": 1}, 2)
         assert status["durable_seq"] == status["snapshot_seq"] == 2
         assert status["last_flush"]["at"] == format_ms(NOW_MS)
+
+
+def test_a_full_last_page_has_no_next(tmp_path: Path) -> None:
+    """Whoever asks for as many as there are is told that there are no more, without another empty page."""
+    with running(tmp_path) as engine:
+        for number in range(3):
+            engine.submit(put(str(number))).wait()
+
+        whole = engine.page("sessions", limit=3)
+        first = engine.page("sessions", limit=2)
+        second = engine.page("sessions", limit=2, cursor=first.next)
+
+    assert (len(whole.items), whole.next) == (3, None)
+    assert (len(first.items), len(second.items), second.next) == (2, 1, None)

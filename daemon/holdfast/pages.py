@@ -82,6 +82,7 @@ def page_of(
     first_place, after = _decode_cursor(cursor, name)
     items: list[Record] = []
     looks = size = 0
+    looked_at = first_place, after
     for place in range(first_place, len(parts) * SHARDS):
         part = parts[place // SHARDS]
         with lock:
@@ -91,11 +92,14 @@ def page_of(
             line = part.committed(id)
             looks += 1
             if line is not None and (matches is None or matches(line)):
+                if len(items) == limit or size >= PAGE_BYTES_MAX:
+                    return Page(items, _encode_cursor(name, *looked_at))
                 value, version = record.split(line)
                 items.append(Record(id, version, value))
                 size += len(line)
-            if len(items) == limit or looks == PAGE_LOOKS_AT_MOST or size >= PAGE_BYTES_MAX:
-                return Page(items, _encode_cursor(name, place, id))
+            looked_at = place, id
+            if looks == PAGE_LOOKS_AT_MOST:
+                return Page(items, _encode_cursor(name, *looked_at))
         after = ""
     return Page(items, None)
 
