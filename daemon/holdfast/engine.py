@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, get_args
 from zoneinfo import ZoneInfo
 
@@ -40,7 +40,7 @@ CLOCK_JUMP_MS = 5 * 60_000
 """A wall clock this far ahead of the monotonic one has jumped; expiry does not believe it."""
 
 
-class Ticket(msgspec.Struct, frozen=True):
+class Ticket(msgspec.Struct, frozen=True, gc=False):
     """What was decided, and the wait until it may be told.
 
     Attributes:
@@ -79,11 +79,16 @@ class Ticket(msgspec.Struct, frozen=True):
         if self.refusal is not None:
             raise self.refusal
 
-    async def committed(self) -> None:
+    def committed(self) -> Coroutine[Any, Any, None]:
         """The same as ``wait``, for asyncio."""
-        batch = self.batch
-        if batch is not None and not (batch.is_done and batch.error is None):
-            await batch.committed()
+        if self.batch is None or self.refusal is not None:
+            return self._told()
+        # The common case, without a frame of its own on the way back to each waiter.
+        return self.batch.committed()
+
+    async def _told(self) -> None:
+        if self.batch is not None:
+            await self.batch.committed()
         if self.refusal is not None:
             raise self.refusal
 

@@ -23,7 +23,9 @@ ANY_VERSION = -1
 """As ``if_version``: the record must exist, in whatever version (HTTP's ``If-Match: *``)."""
 
 
-class Op(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="op"):
+class Op(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="op", gc=False
+):
     """What every op has.
 
     Attributes:
@@ -206,7 +208,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     atomic: bool = False
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What an op yielded.
 
     Attributes:
