@@ -280,7 +280,7 @@ def row_14(bench: Bench) -> Iterator[Result]:
     """SIGTERM to exit when everything has changed."""
     path = bench.place("row14")
     shutil.copytree(bench.holdfast_filled(bench.size)[0], path)
-    with serving(path, "unix:", "--set", "journal_max=100GiB", "--set", "flush_every=1d") as daemon:
+    with serving(path, "unix:", "--set", "journal_max=1GiB", "--set", "flush_every=1d") as daemon:
         put_all(daemon, bench.size)
         daemon.process.send_signal(signal.SIGUSR1)
         flush = daemon.event("flush.completed")["duration_ms"] / 1000
@@ -381,7 +381,9 @@ def serving(path: Path, listen: str, *options: str) -> Iterator[Served]:
     try:
         assert process.stdout is not None
         events = map(orjson.loads, process.stdout)
-        ready = next(event for event in events if event["event"] == "daemon.ready")
+        ready = next((event for event in events if event["event"] == "daemon.ready"), None)
+        if ready is None:
+            raise RuntimeError(f"the daemon did not start, exit code {process.wait(STARTED_S)}")
         yield Served(process, events, path, ready["listen"])
     finally:
         if process.poll() is None:
