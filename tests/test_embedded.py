@@ -348,3 +348,41 @@ def test_an_opening_that_is_cancelled_gives_the_directory_back(tmp_path: Path) -
 
     with holdfast.open(tmp_path / "data") as hf:
         hf.users.put("u", {"name": "Ana"})
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_relative_directory_is_below_the_working_directory(
+    is_async: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``open("data")`` means ./data, as every program means a relative path."""
+    monkeypatch.chdir(tmp_path)
+
+    async def opened() -> None:
+        async with holdfast.aio.open("data") as hf:
+            await hf.users.put("u", {"name": "Ana"})
+
+    if is_async:
+        asyncio.run(opened())
+    else:
+        with holdfast.open("data") as hf:
+            hf.users.put("u", {"name": "Ana"})
+
+    assert (tmp_path / "data" / "users.json").exists()
+
+
+def test_no_settings_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A holdfast.toml beside the program, and the environment, are the daemon's; keywords alone count here."""
+    (tmp_path / "holdfast.toml").write_text("nonsense = true")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOLDFAST_DURABILITY", "interval")
+
+    with holdfast.open("data", sessions={"ttl": "2h"}, flush_every=60) as hf:
+        settings = hf.engine.settings
+
+    assert (settings.durability, settings.sessions.ttl, settings.flush_every) == ("always", 7200, 60)
+
+
+def test_a_keyword_that_is_no_setting_is_refused(tmp_path: Path) -> None:
+    """A typing error never runs as a default."""
+    with pytest.raises(errors.SettingsError, match=r"sessions\.tll.*did you mean sessions\.ttl"):
+        holdfast.open(tmp_path, sessions={"tll": "2h"})

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,7 +20,7 @@ from holdfast.flush import FlushReport
 from holdfast.ops import Answer, AnyOp, Batch, Durability
 from holdfast.pages import Page, Record
 from holdfast.recovery import open_engine
-from holdfast.settings import Settings, load
+from holdfast.settings import Settings, chosen
 
 EXPIRE_EVERY_S = 10.0
 LIST_PAGE = 1_000
@@ -46,13 +45,15 @@ def open(data_dir: str | os.PathLike[str] = "data", **settings: Any) -> Holdfast
     return Holdfast(open_engine(settings_from(data_dir, settings)))
 
 
-def settings_from(data_dir: str | os.PathLike[str], chosen: Mapping[str, Any]) -> Settings:
-    """The settings that keywords choose; those of a section stand in a mapping of their own."""
-    overrides = {"data_dir": os.fspath(data_dir)}
-    for name, value in chosen.items():
-        for key, item in value.items() if isinstance(value, Mapping) else [("", value)]:
-            overrides[f"{name}.{key}" if key else name] = str(item).lower() if isinstance(item, bool) else str(item)
-    return load(overrides, {}, None, Path("/")).settings
+def settings_from(data_dir: str | os.PathLike[str], keywords: Mapping[str, Any]) -> Settings:
+    """The settings that *keywords* choose; those of a section stand in a mapping of their own."""
+    overrides: dict[str, object] = {"data_dir": os.fspath(data_dir)}
+    for name, value in keywords.items():
+        if isinstance(value, Mapping):
+            overrides |= {f"{name}.{key}": item for key, item in value.items()}
+        else:
+            overrides[name] = value
+    return chosen(overrides)
 
 
 class Keeper:

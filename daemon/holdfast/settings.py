@@ -595,10 +595,25 @@ def load(
         origins[name] = origin
 
     settings = _assembled(values, cwd)
-    _check_together(settings, origins)
+    _check_addresses(settings, origins)
+    _check_retention(settings, origins)
     return LoadedSettings(
         settings, origins, file, [file] if file else [one for one in candidates if one.parent.is_dir()]
     )
+
+
+def chosen(overrides: Mapping[str, object]) -> Settings:
+    """The settings of a program that opens the data itself: *overrides* (dotted names) over defaults.
+
+    Neither files nor environment are read; a relative ``data_dir`` is below the working directory.
+
+    Raises:
+        SettingsError: something is unknown, wrong or out of range.
+    """
+    values = {name: _checked(name, raw, f"keyword: {name}") for name, raw in overrides.items()}
+    settings = _assembled(values, Path.cwd())
+    _check_retention(settings, dict.fromkeys(all_settings(), "keyword"))
+    return settings
 
 
 def _from_file(file: Path | None) -> Iterator[tuple[str, object, str]]:
@@ -682,12 +697,15 @@ def _assembled(values: dict[str, Any], cwd: Path) -> Settings:
     return Settings(**top)
 
 
-def _check_together(settings: Settings, origins: Mapping[str, str]) -> None:
+def _check_addresses(settings: Settings, origins: Mapping[str, str]) -> None:
     for address in settings.listen:
         try:
             parse_address(address, settings.data_dir)
         except ValueError as error:
             raise SettingsError(f"{origins['listen']}: listen: {error}") from error
+
+
+def _check_retention(settings: Settings, origins: Mapping[str, str]) -> None:
     retention = settings.retention
     if retention.delete_after < retention.archive_after:
         raise SettingsError(
