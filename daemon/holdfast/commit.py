@@ -247,11 +247,13 @@ class Committer:
             # A fault of ours. Whoever waits must not wait for ever, and nothing more may be acknowledged.
             self._broken = JournalBroken(f"the journal thread failed: {error!r}; restart to recover")
             self._log.exception("journal.failed")
-            self._fail(self._writing or Batch(), self._broken, None)
-            if self._checkpoint is not None:
-                self._checkpoint.error = self._broken
-                self._checkpoint.done.set()
-            self.on_broken(self._broken)
+            try:
+                self.on_broken(self._broken)
+            finally:
+                self._fail(self._writing or Batch(), self._broken, None)
+                if self._checkpoint is not None:
+                    self._checkpoint.error = self._broken
+                    self._checkpoint.done.set()
 
     def _write_batches(self) -> None:
         while True:

@@ -93,7 +93,7 @@ def run(load_settings: Callable[[], LoadedSettings]) -> int:
     return code
 
 
-class Flusher:
+class FlushQueue:
     """Flushes on behalf of all who ask: one runs, at most one waits, and whoever comes meanwhile shares that one.
 
     As a service it is the last to stop, and leaves no flush behind: the final one is then alone.
@@ -185,7 +185,7 @@ class _Daemon:
         self._engine = engine
         # The final flush, then the journal closed and the lock released, whatever the flush said.
         self._shutdown.final_steps.append(FinalStep("engine", engine.close))
-        self._flusher = Flusher(engine)
+        self._flusher = FlushQueue(engine)
         http = HttpService(engine, self._settings, readiness=self.readiness, admin=self, sockets=self._sockets or None)
         self._flush_interval = Interval("flush", self._settings.flush_every, self._flush_regularly)
         supervisor = Supervisor()
