@@ -13,7 +13,7 @@ import msgspec
 
 from holdfast.engine import Engine
 from holdfast.errors import SettingsError
-from holdfast.flush import FlushReport
+from holdfast.ops import FlushReport
 from holdfast.http.app import HttpService
 from holdfast.recovery import open_engine
 from holdfast.settings import LimitSettings, Settings
@@ -51,7 +51,7 @@ class Operator:
     async def reload(self) -> dict[str, Any]:
         if self.invalid:
             raise SettingsError(self.invalid)
-        return {"changed": ["sessions.ttl"]}
+        return {"changed": ["sessions.ttl"], "needs_restart": []}
 
     def status(self) -> dict[str, Any]:
         return self.engine.status()

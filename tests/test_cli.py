@@ -5,70 +5,30 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
+from holdfast.cli.main import commands
 from holdfast.disk.files import Directory
 from holdfast.disk.journal import Journal, encode_line
-
-HOLDFAST = [sys.executable, "-m", "holdfast"]
-DAEMON_SOURCE = str(Path(__file__).parent.parent / "daemon")
-
-
-def environment(**variables: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": DAEMON_SOURCE, "COLUMNS": "200", **variables}
-
-
-def holdfast(*arguments: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*HOLDFAST, *map(str, arguments)],
-        cwd=cwd,
-        env=environment(**variables),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-
-
-def assert_told_in_one_line(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
-    assert done.returncode == code, done.stderr
-    assert done.stderr.startswith("holdfast: ")
-    assert done.stderr.count("\n") == 1
-    for part in parts:
-        assert part in done.stderr
+from tests.cli_harness import HOLDFAST, assert_told_in_one_line, daemon_in, environment, holdfast
 
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A daemon on ``data`` in the test's directory, listening on its socket and a free port, with a settings file."""
-    (tmp_path / "holdfast.toml").write_text('listen = ["unix:", "tcp:127.0.0.1:0"]\n')
-    process = subprocess.Popen(
-        [*HOLDFAST, "serve"],
-        cwd=tmp_path,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=(tmp_path / "log").open("wb"),
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        until = time.monotonic() + 20
-        while b"daemon.ready" not in (tmp_path / "log").read_bytes():
-            assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
-            time.sleep(0.02)
+    with daemon_in(tmp_path) as process:
         yield process
-    finally:
-        process.kill()
-        process.wait(10)
 
 
 # The command line itself.
@@ -82,13 +42,22 @@ def test_version_is_shown(tmp_path: Path):
 
 
 def test_every_command_explains_itself(tmp_path: Path):
-    """``--help`` works for each command that ``holdfast --help`` lists."""
-    listed = holdfast("--help", cwd=tmp_path).stdout.partition("Commands:")[2].split("\n")
-    names = [line.split()[0] for line in listed if line.startswith("  ") and line[2] != " "]
+    """``--help`` of each command, and of each command below it, shows what it does with an example."""
+    help_of = {(): holdfast("--help", cwd=tmp_path).stdout}
+    for name in commands.list_commands(click.Context(commands)):
+        assert re.search(rf"^  {name} ", help_of[()], re.MULTILINE)
+        command = commands.get_command(click.Context(commands), name)
+        below = [()] if not isinstance(command, click.Group) else [(), *((inner,) for inner in _inner_names(command))]
+        for inner in below:
+            path = (name, *inner)
+            shown = CliRunner().invoke(commands, [*path, "--help"])
+            assert shown.exit_code == 0, path
+            assert "Examples:" in shown.output, path
+            assert "Usage:" in shown.output, path
 
-    assert names == ["serve", "status", "flush", "reload", "journal", "token"]
-    for name in names:
-        assert holdfast(name, "--help", cwd=tmp_path).returncode == 0
+
+def _inner_names(group: click.Group) -> list[str]:
+    return group.list_commands(click.Context(group))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +77,7 @@ def test_no_arguments_show_help_with_exit_2(tmp_path: Path):
     done = holdfast(cwd=tmp_path)
 
     assert done.returncode == 2
-    assert "Commands:" in done.stderr
+    assert "  serve " in done.stderr
 
 
 def test_a_closed_pipe_is_quiet(tmp_path: Path):

@@ -255,6 +255,44 @@ def test_a_changed_settings_file_is_noticed(start: Start, tmp_path: Path) -> Non
     assert [name for name in daemon.names() if name.startswith("config.")] == ["config.reloaded"]
 
 
+def test_a_settings_file_may_break_vanish_and_be_moved(start: Start, tmp_path: Path) -> None:
+    """Each change is one event within a second; what cannot be read leaves the settings as they were."""
+    for version, flush_every in (("one", "60s"), ("two", "70s"), ("three", "80s")):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "holdfast.toml").write_text(f'flush_every = "{flush_every}"\n')
+    current, link = tmp_path / "current", tmp_path / "one" / "link.toml"
+    current.symlink_to("one")
+    link.symlink_to("holdfast.toml")
+    daemon = start("--config", str(current / "link.toml")).ready()
+
+    def swap(path: Path, target: str) -> None:
+        (tmp_path / "next").symlink_to(target)
+        os.replace(tmp_path / "next", path)
+
+    (tmp_path / "two" / "link.toml").write_text('flush_every = "90s"\n')
+    steps: list[tuple[str, Callable[[], object], str, object]] = [
+        ("half written", lambda: (tmp_path / "one" / "holdfast.toml").write_text("flush_every = "), "rejected", None),
+        ("vanished", lambda: (tmp_path / "one" / "holdfast.toml").unlink(), "rejected", None),
+        ("as it was", lambda: (tmp_path / "one" / "holdfast.toml").write_text('flush_every = "60s"\n'), "", None),
+        ("link swapped", lambda: swap(link, str(tmp_path / "three" / "holdfast.toml")), "reloaded", ["flush_every"]),
+        ("directory swapped", lambda: swap(current, "two"), "reloaded", ["flush_every"]),
+    ]
+    for what, change, told, changed in steps:
+        known = len(daemon.names())
+        changed_at = time.monotonic()
+        change()
+        if told:
+            event = daemon.event(f"config.{told}", after=known)
+            took_s = time.monotonic() - changed_at
+            print(f"{what}: {told} after {took_s:.2f} s")
+            assert took_s < 1, what
+            assert event.get("changed") == changed, what
+        time.sleep(1)
+
+        assert [name for name in daemon.names()[known:] if name.startswith("config.")] == [f"config.{told}"] * bool(told), what
+    assert daemon.request("GET", "/readyz")[0] == 200
+
+
 def test_it_flushes_regularly(start: Start) -> None:
     """Every flush_every there is a flush."""
     daemon = start("--set", "flush_every=1s").ready()

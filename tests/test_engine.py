@@ -15,16 +15,27 @@ import pytest
 
 from holdfast.clock import format_ms
 from holdfast.engine import EXPIRE_AT_ONCE, Engine
-from holdfast.errors import BadRequest, ForkedProcess, HoldfastError, Leased, NotFound, TooLarge, VersionMismatch
-from holdfast.flush import FlushReport
+from holdfast.errors import (
+    BadRequest,
+    Conflict,
+    ForkedProcess,
+    HoldfastError,
+    Leased,
+    NotFound,
+    StorageFull,
+    TooLarge,
+    VersionMismatch,
+)
 from holdfast.ops import (
     Answer,
     AnyOp,
     Batch,
+    FlushReport,
     OrderComplete,
     OrderDelete,
     OrderPut,
     RecordPut,
+    Retry,
     SessionDelete,
     SessionLease,
     SessionPatch,
@@ -432,7 +443,7 @@ def test_only_changed_files_are_rewritten(tmp_path: Path) -> None:
         changed = {path.name for path in tmp_path.glob("*.json") if path.stat().st_ino != before.get(path.name)}
         assert changed == {"chat_sessions.json", "manifest.json"}
         assert (report.files, report.snapshot_seq, report.reason) == (1, 3, "api")
-        assert [path.name for path in (tmp_path / "journal").iterdir()] == ["00000000000000000004.jsonl"]
+        assert [path.name for path in (tmp_path / "journal").glob("*.jsonl")] == ["00000000000000000004.jsonl"]
 
 
 def test_a_flush_without_changes_writes_no_snapshot(tmp_path: Path) -> None:
@@ -552,20 +563,92 @@ def _fails(*_: object, **__: object) -> None:
 
 
 def test_followers_keep_the_journal_they_need(tmp_path: Path) -> None:
-    """Nothing is pruned beyond the slowest watermark."""
-    with running(tmp_path) as engine:
+    """Nothing is removed beyond the slowest watermark, though the journal itself holds only what no snapshot has."""
+    kept = tmp_path / "journal" / "kept"
+    with running(tmp_path, journal_keep=0) as engine:
         watermark = 0
         engine.follow("archive", lambda: watermark)
         for n in range(3):
             do(engine, put(str(n)))
             engine.flush("api")
-        assert engine.status()["journal_segments"] == 4
+        assert engine.status()["journal_segments"] == 1
+        assert sorted(path.name for path in kept.iterdir()) == [f"{first:020d}.jsonl" for first in (1, 2, 3)]
+
         watermark = 2
         engine.flush("api")
+        assert sorted(path.name for path in kept.iterdir()) == [f"{3:020d}.jsonl"]
 
-        assert sorted(path.name for path in (tmp_path / "journal").iterdir()) == [
-            f"{first:020d}.jsonl" for first in (3, 4)
-        ]
+        engine.unfollow("archive")
+        engine.flush("api")
+        assert not list(kept.iterdir())
+
+
+def test_history_is_kept_up_to_journal_keep(tmp_path: Path) -> None:
+    """So many bytes stay behind the snapshots; neither the size of the journal nor the next flush counts them."""
+    kept = tmp_path / "journal" / "kept"
+    log = Log()
+    with running(tmp_path, log=log, journal_keep=100_000, journal_max=65_536) as engine:
+        for n in range(8):
+            do(engine, put(str(n), text="x" * 30_000))
+            engine.flush("api")
+
+            assert sum(path.stat().st_size for path in kept.iterdir()) // 30_000 == min(n + 1, 3)
+            assert engine.status()["journal_bytes"] == 0
+            assert not engine.flush_wanted()
+        assert sorted(path.name for path in kept.iterdir()) == [f"{first:020d}.jsonl" for first in (6, 7, 8)]
+
+        engine.reconfigure(settings_of(tmp_path, journal_keep=0))
+        engine.flush("api")
+
+        assert not list(kept.iterdir())
+    assert not log.named("journal.keep_failed")
+
+
+def test_a_disk_short_of_room_keeps_no_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only readers want goes before a flush writes anything, and as soon as a write finds no room."""
+    kept = tmp_path / "journal" / "kept"
+    disk = Disk(monkeypatch)
+    room = 10_000_000
+    monkeypatch.setattr("holdfast.disk.files.Directory.space", lambda _: (room, 100_000_000))
+    with running(tmp_path, journal_keep=1_000_000) as engine:
+        do(engine, put("1"))
+        engine.flush("api")
+        assert list(kept.iterdir())
+
+        disk.fill()
+        with pytest.raises(StorageFull):
+            do(engine, put("2"))
+        ends_at = time.monotonic() + ANSWER_S
+        while list(kept.iterdir()):  # callers are told first
+            assert time.monotonic() < ends_at
+
+        disk.free()
+        do(engine, put("2"))
+        engine.flush("api")
+        assert list(kept.iterdir())
+
+        room = 3_999_999
+        do(engine, put("3"))
+        engine.flush("api")
+        assert not list(kept.iterdir())
+
+
+def test_a_start_does_not_look_at_kept_history(tmp_path: Path) -> None:
+    """Whatever became of it: the data is whole, seqs go on."""
+    log = Log()
+    with running(tmp_path) as engine:
+        do(engine, put("1"))
+        engine.flush("api")
+        do(engine, put("2"))
+    kept = tmp_path / "journal" / "kept" / f"{1:020d}.jsonl"
+    kept.write_bytes(b"garbage\n" + kept.read_bytes()[:20])
+
+    with running(tmp_path, log=log, recovery="strict") as engine:
+        assert engine.degraded == []
+        assert do(engine, put("3")).seq == 3
+        assert sorted(everything(engine)["sessions"]) == ["1", "2", "3"]
+    assert log.named("state.loaded")[0]["replayed"] == 1
+    assert not log.named("journal.damaged")
 
 
 def test_a_snapshot_keeps_the_fractions_of_money(tmp_path: Path) -> None:
@@ -692,3 +775,82 @@ def test_a_full_last_page_has_no_next(tmp_path: Path) -> None:
 
     assert (len(whole.items), whole.next) == (3, None)
     assert (len(first.items), len(second.items), second.next) == (2, 1, None)
+
+
+RETRY = Retry("client-1", 1)
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_a_repeated_request_gets_its_first_answers(tmp_path: Path, flushed: bool) -> None:
+    """Op by op, also after a restart; what was refused the first time is decided anew."""
+    batch = Batch(ops=[SessionPut(id="1", value={}), SessionDelete(id="absent"), StatsOrder(), SessionLease(id="1")])
+    with running(tmp_path) as engine:
+        first = engine.submit_batch(batch, retry=RETRY)
+        first.wait()
+        again = engine.submit_batch(batch, retry=RETRY)
+        again.wait()
+        assert again.outcomes[0] == first.outcomes[0] and again.outcomes[2:] == first.outcomes[2:]
+        if flushed:
+            engine.flush("api")
+    with running(tmp_path) as engine:
+        later = engine.submit_batch(batch, retry=RETRY)
+        later.wait()
+        assert later.outcomes[0] == first.outcomes[0] and later.outcomes[2:] == first.outcomes[2:]
+        assert isinstance(later.outcomes[1], NotFound)
+        assert orjson.loads(engine.sales())["totals"]["allTimeOrders"] == 1
+        engine.submit_batch(batch, retry=Retry("client-1", 2)).wait()
+        assert orjson.loads(engine.sales())["totals"]["allTimeOrders"] == 2
+        late = engine.submit_batch(batch, retry=RETRY).outcomes[2]
+        assert isinstance(late, Conflict) and "older than its last one" in str(late)
+
+
+def test_a_repeated_atomic_batch_gets_its_first_answers(tmp_path: Path) -> None:
+    """As a whole, over a restart."""
+    batch = Batch(ops=[StatsOrder(), SessionPut(id="1", value={}, if_version=0)], atomic=True)
+    with running(tmp_path) as engine:
+        first = engine.submit_batch(batch, retry=RETRY)
+        first.wait()
+    with running(tmp_path) as engine:
+        again = engine.submit_batch(batch, retry=RETRY)
+        again.wait()
+
+        assert again.outcomes == first.outcomes
+
+
+def test_a_number_is_one_request(tmp_path: Path) -> None:
+    """A client that numbers two requests alike is told, not given the answer of another op."""
+    with running(tmp_path) as engine:
+        engine.submit(SessionPut(id="1", value={}), retry=RETRY).wait()
+
+        for other in (SessionPut(id="2", value={}), SessionTouch(id="1")):
+            with pytest.raises(Conflict, match="was another op"):
+                engine.submit(other, retry=RETRY).wait()
+        # Its own key says what it is, and goes before the number.
+        engine.submit(SessionPut(id="2", value={}, idempotency_key="k"), retry=RETRY).wait()
+
+
+def test_what_the_disk_refused_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next try of a request that found the disk full is its first."""
+    disk = Disk(monkeypatch)
+    with running(tmp_path) as engine:
+        disk.fill()
+        with pytest.raises(StorageFull):
+            engine.submit(StatsOrder(), retry=RETRY).wait()
+        disk.free()
+        engine.submit(StatsOrder(), retry=RETRY).wait()
+
+        assert orjson.loads(engine.sales())["totals"]["allTimeOrders"] == 1
+
+
+def test_retries_are_forgotten(tmp_path: Path) -> None:
+    """Of each client one request is remembered, for an hour."""
+    clock = HandClock()
+    with running(tmp_path, clock=clock) as engine:
+        for number in range(1, 50):
+            ops: list[AnyOp] = [StatsOrder()] * 3
+            engine.submit_batch(Batch(ops=ops), retry=Retry("client-1", number)).wait()
+        assert engine.count("_retries") == 3
+        for passed_s, count in ((3500, 3), (200, 0)):
+            clock.advance(passed_s)
+            engine.expire()
+            assert engine.count("_retries") == count

@@ -181,6 +181,35 @@ def test_a_repeated_key_gives_the_first_answer(tmp_path: Path):
     serve_and(scenario, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["Holdfast-Lease", "Holdfast-Durability", "Idempotency-Key"])
+def test_an_empty_header_is_no_missing_one(tmp_path: Path, name: str):
+    """A client whose variable is empty is told so, and does not write without its lease, or key, unawares."""
+
+    async def scenario(served: Served) -> None:
+        by_header = await served.ask("PUT", SESSION, {"a": 1}, headers={name: ""})
+        in_batch = await served.ask("POST", "/v1/batch", {"ops": []}, headers={name: ""})
+        read = await served.ask("GET", SESSION)
+
+        assert (by_header.status, by_header.json["code"]) == (400, "bad_request")
+        assert in_batch.status == (200 if name == "Holdfast-Lease" else 400)  # its ops have a field for it
+        assert read.status == 404
+
+    serve_and(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("query", ["lease=", "durability=", "ttl="])
+def test_an_empty_parameter_is_no_missing_one(tmp_path: Path, query: str):
+    """The same in the query."""
+
+    async def scenario(served: Served) -> None:
+        refused = await served.ask("PUT", f"{SESSION}?{query}", {"a": 1})
+
+        assert refused.status in (400, 422)
+        assert (await served.ask("GET", SESSION)).status == 404
+
+    serve_and(scenario, tmp_path)
+
+
 # The paths that do more.
 
 
@@ -419,7 +448,7 @@ def test_a_wrong_query_is_refused(tmp_path: Path, query: str):
         ("GET", "/v1/sessions/1/2/3", 404, "not_found"),
         ("POST", "/v1/users/1/touch", 404, "not_found"),
         ("GET", "/v1/conversations", 404, "not_found"),
-        ("GET", "/metrics", 404, "not_found"),
+        ("GET", "/metrics/x", 404, "not_found"),
         ("POST", "/v1/sessions/1", 405, "method_not_allowed"),
         ("OPTIONS", "/v1/sessions/1", 405, "method_not_allowed"),
         ("GET", "/v1/batch", 405, "method_not_allowed"),

@@ -384,7 +384,9 @@ def test_an_open_connection_is_told_to_go(tmp_path: Path):
 
     async def scenario(served: Served) -> None:
         one, two = await served.connect(), await served.connect()
-        await asyncio.sleep(0.05)
+        for reader, writer in (one, two):
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            await asyncio.wait_for(reader.readuntil(b"}"), ANSWER_S)
         await served.service.stop_accepting()
         served.state = "SHUTTING_DOWN"
         one[1].write(b"GET /v1/users/1 HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -400,6 +402,27 @@ def test_an_open_connection_is_told_to_go(tmp_path: Path):
         assert b"Retry-After: 1\r\n" in refused
         assert b"Connection: close\r\n" in refused
         assert b'"status":"stopping"' in ready
+
+    serve_and(scenario, tmp_path)
+
+
+def test_the_first_request_of_a_connection_is_answered(tmp_path: Path):
+    """Who had connected when the stop began gets one answer, though not the time of the world to ask."""
+
+    async def scenario(served: Served) -> None:
+        (reader, writer), (_, silent) = await served.connect(), await served.connect()
+        await asyncio.sleep(0.05)
+        await served.service.stop_accepting()
+        draining = asyncio.create_task(served.service.drain())
+        await asyncio.sleep(0.01)
+        writer.write(PUT_HEAD + b'Content-Length: 7\r\n\r\n{"a":1}')
+        raw = await asyncio.wait_for(reader.read(), ANSWER_S)
+        await asyncio.wait_for(draining, 1)
+        for one in (writer, silent):
+            one.close()
+
+        assert status_of(raw) == 201
+        assert b"Connection: close\r\n" in raw
 
     serve_and(scenario, tmp_path)
 

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from holdfast.disk.files import Directory
-from holdfast.disk.journal import Damage, Journal, decode_line, encode_line, read_history, read_lines, segment_name
+from holdfast.disk.journal import (
+    KEPT,
+    Damage,
+    Journal,
+    decode_line,
+    encode_line,
+    read_history,
+    read_lines,
+    segment_name,
+)
 from holdfast.errors import JournalBroken, StorageFull
 from tests.engine_harness import Disk
 
@@ -86,19 +95,77 @@ def test_rotating_an_empty_segment_does_nothing(journal: Journal) -> None:
     assert journal.segments == 2
 
 
+def names_in(path: Path) -> list[str]:
+    """The segments in *path*, oldest first."""
+    return sorted(one.name for one in path.iterdir() if one.suffix == ".jsonl") if path.exists() else []
+
+
 @pytest.mark.parametrize(
-    ("needed", "left"), [(1, [1, 4, 7]), (3, [1, 4, 7]), (4, [4, 7]), (6, [4, 7]), (7, [7]), (99, [7])]
+    ("covered", "left"), [(0, [1, 4, 7]), (2, [1, 4, 7]), (3, [4, 7]), (5, [4, 7]), (6, [7]), (99, [7])]
 )
-def test_pruning_keeps_every_event_still_needed(journal: Journal, tmp_path: Path, needed: int, left: list[int]) -> None:
-    """Whole segments before the needed seq go; the newest always stays, since its name says where seq stands."""
+def test_retiring_leaves_every_event_that_no_snapshot_has(
+    journal: Journal, tmp_path: Path, covered: int, left: list[int]
+) -> None:
+    """Whole segments up to the covered seq go; the newest always stays, since its name says where seq stands."""
     for first in (1, 4):
         journal.append(lines(first, first + 2), first + 2)
         journal.rotate()
 
-    removed = journal.prune(needed)
+    retired = journal.retire(covered, needed_seq=covered + 1, keep_bytes=0)
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == [segment_name(first) for first in left]
-    assert removed == 3 - len(left)
+    assert names_in(tmp_path) == [segment_name(first) for first in left]
+    assert not names_in(tmp_path / KEPT)
+    assert retired == 3 - len(left)
+
+
+@pytest.mark.parametrize(
+    ("needed", "keep_segments", "kept"),
+    [
+        (10, 0, []),
+        (10, 1, [7]),
+        (10, 2, [4, 7]),
+        (10, 9, [1, 4, 7]),
+        (9, 0, [7]),
+        (7, 0, [7]),
+        (6, 1, [4, 7]),
+        (1, 0, [1, 4, 7]),
+    ],
+)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_readers_find_what_they_need_and_what_there_is_room_for(
+    journal: Journal, tmp_path: Path, needed: int, keep_segments: int, kept: list[int], at_once: bool
+) -> None:
+    """Of the retired segments the newest that fit are kept, and all that somebody needs, whether they went at once or
+    one after the other; the journal's size does not count them."""
+    size = len(lines(1, 3))
+    for first in (1, 4, 7):
+        journal.append(lines(first, first + 2), first + 2)
+        journal.rotate()
+        if not at_once:
+            journal.retire(first + 2, min(needed, first + 3), keep_segments * size)
+
+    journal.retire(9, needed, keep_segments * size)
+
+    assert names_in(tmp_path / KEPT) == [segment_name(first) for first in kept]
+    assert names_in(tmp_path) == [segment_name(10)]
+    assert journal.kept_bytes == len(kept) * size
+    assert journal.size_bytes == 0
+
+
+def test_what_is_kept_is_known_again_after_a_restart(journal: Journal, tmp_path: Path) -> None:
+    """Its size counts against the same bound, and a history whose numbers are used again is given up."""
+    journal.append(lines(1, 3), 3)
+    journal.rotate()
+    journal.retire(3, 4, 1 << 20)
+    (tmp_path / KEPT / segment_name(4)).write_bytes(lines(4, 9))
+
+    again = Journal(Directory(tmp_path), {4: 0}, 4, new_segment=False)
+
+    assert again.kept_bytes == len(lines(1, 3))
+    assert names_in(tmp_path / KEPT) == [segment_name(1)]
+    again.retire(3, 4, 0)
+    assert not names_in(tmp_path / KEPT)
+    again.close()
 
 
 def test_files_are_readable_by_their_owner_only(journal: Journal, tmp_path: Path) -> None:

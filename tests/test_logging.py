@@ -286,6 +286,22 @@ def test_nothing_follows_the_last_line(pipe: Pipe) -> None:
     assert [line["event"] for line in pipe.lines()] == ["daemon.failed"]
 
 
+def test_journald_is_told_the_level(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where stdout leads to journald, each line begins with its priority, also one that cannot be rendered; elsewhere none does."""
+    status = os.fstat(pipe.write_end)
+    levels = ("debug", "info", "warning", "error", "critical")
+
+    monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+    prefixes = [Log(JSON, fd=pipe.write_end).render(level, {"event": "x"})[:4] for level in levels]
+    broken = Log(JSON, fd=pipe.write_end).render("error", {"event": "x", "exc_info": Poison()})
+    monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino + 1}")
+    elsewhere = Log(JSON, fd=pipe.write_end).render("info", {"event": "x"})
+
+    assert prefixes == [b"<7>{", b"<6>{", b"<4>{", b"<3>{", b"<2>{"]
+    assert broken.startswith(b"<3>{")
+    assert elsewhere.startswith(b"{")
+
+
 def test_the_level_can_change(pipe: Pipe) -> None:
     """A new level counts from the next line on, for loggers that exist already as well."""
     log = Log(JSON, fd=pipe.write_end)

@@ -461,7 +461,7 @@ class Life(RuleBasedStateMachine):
         self.engine.close(flush=False)
         shutil.rmtree(self.data_dir)
         self.data_dir = left
-        with max((left / "journal").iterdir()).open("ab") as segment:
+        with max((left / "journal").glob("*.jsonl")).open("ab") as segment:
             segment.write(b'0f3a9c21 {"seq":99,"at":"2026-11-21T06:00:00.000Z","op":"session.put"'[:cut])
         self._come_back()
 

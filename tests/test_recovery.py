@@ -499,7 +499,7 @@ def test_an_unknown_event_is_refused_untouched(tmp_path: Path) -> None:
     """A journal that a newer Holdfast went on with is not cut, replayed in part, or pruned."""
     with running(tmp_path) as engine:
         fill(engine)
-    segment = next((tmp_path / "journal").iterdir())
+    segment = next((tmp_path / "journal").glob("*.jsonl"))
     with segment.open("ab") as file:
         file.write(encode_line(b'{"seq":11,"at":"2026-11-21T06:00:00.000Z","op":"session.freeze","id":"1"}'))
     before = contents(tmp_path)

@@ -213,7 +213,7 @@ def installed_units(tmp_path: Path) -> Path:
     program.chmod(program.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
     units = tmp_path / "units"
     units.mkdir()
-    for unit in UNITS.glob("holdfast*.*"):
+    for unit in [*UNITS.glob("*.service"), *UNITS.glob("*.socket")]:
         (units / unit.name).write_text(unit.read_text().replace("/opt/holdfast/bin/holdfast", str(program)))
     return units
 

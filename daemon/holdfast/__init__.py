@@ -1,6 +1,7 @@
 """Holdfast keeps a chatbot's state: sessions, orders and sales figures that come back from anything.
 
-``holdfast.open`` and ``holdfast.aio.open`` keep it in this process; the command ``holdfast serve`` keeps it for others.
+``holdfast.open`` and ``holdfast.aio.open`` keep it in this process; the command ``holdfast serve`` keeps it for others,
+who use ``holdfast.connect`` and ``holdfast.aio.connect``.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from holdfast import aio
-    from holdfast.embedded import Holdfast, open
+    from holdfast.client.sync import connect
+    from holdfast.embedded import open
     from holdfast.errors import (
         BadRequest,
         Conflict,
         DataRefused,
         DirectoryLocked,
+        Forbidden,
         ForkedProcess,
+        Gone,
         HoldfastError,
         InvalidRecord,
         JournalBroken,
@@ -26,34 +30,52 @@ if TYPE_CHECKING:
         SettingsError,
         StorageFull,
         TooLarge,
+        Unauthorized,
         Unavailable,
         VersionMismatch,
     )
+    from holdfast.events import Event
+    from holdfast.ops import Answer, Record
+    from holdfast.sync import Holdfast
 
 __all__ = [
+    "Answer",
     "BadRequest",
     "Conflict",
     "DataRefused",
     "DirectoryLocked",
+    "Event",
+    "Forbidden",
     "ForkedProcess",
+    "Gone",
     "Holdfast",
     "HoldfastError",
     "InvalidRecord",
     "JournalBroken",
     "Leased",
     "NotFound",
+    "Record",
     "SettingsError",
     "StorageFull",
     "TooLarge",
+    "Unauthorized",
     "Unavailable",
     "VersionMismatch",
     "__version__",
     "aio",
+    "connect",
     "open",
 ]
 
 # Names are imported when they are first used, so that the command line answers at once.
-_HOME = {"Holdfast": "holdfast.embedded", "open": "holdfast.embedded"}
+_HOME = {
+    "Answer": "holdfast.ops",
+    "Event": "holdfast.events",
+    "Holdfast": "holdfast.sync",
+    "Record": "holdfast.ops",
+    "connect": "holdfast.client.sync",
+    "open": "holdfast.embedded",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,29 +1,39 @@
-"""Holdfast in this process, with await: ``holdfast.aio.open``."""
+"""The library with await: ``holdfast.aio.open`` and ``holdfast.aio.connect``, and what they have in common."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import threading
-from collections.abc import AsyncIterator, Awaitable, Coroutine
-from contextlib import asynccontextmanager, suppress
-from contextvars import ContextVar, Token
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
-from holdfast.api import Id, OrderOps, RecordOps, SessionOps, StatsOps
-from holdfast.embedded import LIST_PAGE, Keeper, count_of, note_ticket, sales_of, settings_from
-from holdfast.engine import Engine, Ticket
-from holdfast.errors import BadRequest, HoldfastError
-from holdfast.flush import FlushReport
-from holdfast.ops import Answer, AnyOp, Batch, Durability
-from holdfast.pages import Page, Record
-from holdfast.recovery import open_engine
+from holdfast.api import (
+    LIST_PAGE,
+    UPDATE_ATTEMPTS,
+    Id,
+    OrderOps,
+    RecordOps,
+    SessionOps,
+    StatsOps,
+    Value,
+    changed,
+    counted,
+    lease_op,
+    waited,
+)
+from holdfast.errors import BadRequest, HoldfastError, VersionMismatch
+from holdfast.events import Event
+from holdfast.held import AsyncLease, AsyncLeaseRequest
+from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Seconds, SessionLease
+from holdfast.sync import sales_figures
 
 
-@asynccontextmanager
-async def open(data_dir: str | os.PathLike[str] = "data", **settings: Any) -> AsyncIterator[AsyncHoldfast]:
+def open(data_dir: str | os.PathLike[str] = "data", **settings: Any) -> AbstractAsyncContextManager[AsyncHoldfast]:
     """Open *data_dir* in this process for the length of an async with-block; as ``holdfast.open`` otherwise.
 
     Example::
@@ -31,50 +41,98 @@ async def open(data_dir: str | os.PathLike[str] = "data", **settings: Any) -> As
         async with holdfast.aio.open("data") as hf:
             await hf.sessions.put("573001234567", {"currentState": "catalog"})
     """
-    cancelled = threading.Event()
-    chosen = settings_from(data_dir, settings)
-    opening = asyncio.create_task(asyncio.to_thread(open_engine, chosen, cancelled=cancelled))
-    try:
-        engine = await asyncio.shield(opening)
-    except asyncio.CancelledError:
-        # The thread goes on for a moment, and the directory must not stay locked behind it.
-        cancelled.set()
-        with suppress(HoldfastError, OSError):
-            await asyncio.to_thread((await opening).close, flush=False)
-        raise
-    keeper = Keeper(engine)
-    try:
-        yield AsyncHoldfast(engine)
-    finally:
-        await asyncio.shield(asyncio.to_thread(_close, keeper, engine))
+    from holdfast.embedded_aio import open_async  # here, so that a client needs nothing of the engine
+
+    return open_async(data_dir, settings)
 
 
-def _close(keeper: Keeper, engine: Engine) -> None:
-    keeper.stop()
-    engine.close()
+def connect(
+    address: str = "unix:data/holdfast.sock",
+    *,
+    token: str | None = None,
+    token_file: str | os.PathLike[str] | None = None,
+    timeout: float = 30.0,
+) -> AbstractAsyncContextManager[AsyncHoldfast]:
+    """Use the daemon at *address* for the length of an async with-block; as ``holdfast.connect`` otherwise.
+
+    Ops that are called while a request is under way leave together in the next one, in the order of their calls.
+
+    Example::
+
+        async with holdfast.aio.connect("http://127.0.0.1:8765", token_file="data/token") as hf:
+            await hf.sessions.put("573001234567", {"currentState": "catalog"})
+    """
+    from holdfast.client.aio import connect_async
+
+    return connect_async(address, token, token_file, timeout)
+
+
+class AsyncSource(Protocol):
+    """Where answers come from: as ``sync.Source``, with await."""
+
+    async def get(self, collection: str, id: str) -> Record | None: ...
+
+    async def page(
+        self,
+        collection: str,
+        *,
+        limit: int = 100,
+        cursor: str | None = None,
+        since_ms: int | None = None,
+        state: str | None = None,
+    ) -> Page: ...
+
+    async def count(self, collection: str) -> int: ...
+
+    async def sales(self) -> bytes: ...
+
+    async def status(self) -> dict[str, Any]: ...
+
+
+class AsyncEvents(Protocol):
+    """A stream of durable events; ends when it is closed.
+
+    Attributes:
+        position: the seq after which a resume misses nothing.
+    """
+
+    @property
+    def position(self) -> int: ...
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+
+    async def __anext__(self) -> Event: ...
+
+    async def __aenter__(self) -> AsyncEvents: ...
+
+    async def __aexit__(self, *error: object) -> None: ...
+
+    def close(self) -> None:
+        """End the iteration."""
 
 
 class Reading:
-    """Asking a collection; answers come from memory, in their last durable state."""
+    """Asking a collection; answers show the last durable state."""
 
-    def __init__(self, engine: Engine, name: str) -> None:
-        self._engine = engine
+    def __init__(self, holdfast: AsyncHoldfast, name: str, put: Callable[..., Awaitable[Answer]]) -> None:
         self.name = name
+        self._source = holdfast._source
+        self._put = put
 
     async def get(self, id: Id, default: Any = None) -> Any:
         """The value of *id* as a dict, or *default*."""
-        found = self._engine.get(self.name, str(id))
+        found = await self._source.get(self.name, str(id))
         return default if found is None else orjson.loads(found.value)
 
     async def record(self, id: Id) -> Record | None:
         """The value of *id* as JSON bytes, with its version; nothing is decoded."""
-        return self._engine.get(self.name, str(id))
+        return await self._source.get(self.name, str(id))
 
     async def page(
         self, *, limit: int = 100, cursor: str | None = None, since_ms: int | None = None, state: str | None = None
     ) -> Page:
         """Some records from *cursor* on; as ``Engine.page``."""
-        return self._engine.page(self.name, limit=limit, cursor=cursor, since_ms=since_ms, state=state)
+        return await self._source.page(self.name, limit=limit, cursor=cursor, since_ms=since_ms, state=state)
 
     async def list(self, *, since_ms: int | None = None, state: str | None = None) -> AsyncIterator[Record]:
         """All records, a page at a time; the loop runs on between pages."""
@@ -88,11 +146,31 @@ class Reading:
             cursor = page.next
             await asyncio.sleep(0)
 
-    def __contains__(self, id: object) -> bool:
-        return isinstance(id, str | int) and self._engine.get(self.name, str(id)) is not None
+    async def count(self) -> int:
+        """How many records, as ``list`` lists them."""
+        return sum([await self._source.count(name) for name in counted(self.name)])
 
-    def __len__(self) -> int:
-        return count_of(self._engine, self.name)
+    async def contains(self, id: Id) -> bool:
+        """Whether there is a record *id*."""
+        return await self._source.get(self.name, str(id)) is not None
+
+    async def update(
+        self,
+        id: Id,
+        change: Callable[[dict[str, Any]], Value | None],
+        *,
+        default: Value | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Read, let *change* work on it, and put it under the version that was read; as ``sync.Reading.update``."""
+        for attempt in range(1, UPDATE_ATTEMPTS + 1):
+            value, version = changed(await self.record(id), change, default, f"{self.name} {str(id)!r:.80}")
+            try:
+                return await self._put(id, value, if_version=version, **options)
+            except VersionMismatch:
+                if attempt == UPDATE_ATTEMPTS:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
 
 
 class Sessions(SessionOps[Awaitable[Answer]], Reading):
@@ -100,7 +178,27 @@ class Sessions(SessionOps[Awaitable[Answer]], Reading):
 
     def __init__(self, holdfast: AsyncHoldfast) -> None:
         SessionOps.__init__(self, holdfast._do)
-        Reading.__init__(self, holdfast.engine, "sessions")
+        Reading.__init__(self, holdfast, "sessions", self.put)
+        self._holdfast = holdfast
+
+    def lease(
+        self,
+        id: Id,
+        ttl: Seconds = 30,
+        *,
+        timeout: float | None = None,
+        owner: str | None = None,
+        generation: int | None = None,
+        durability: Durability | None = None,
+    ) -> AsyncLeaseRequest:
+        """As ``sync.Sessions.lease``; for ``async with``, or to be awaited."""
+
+        async def take() -> AsyncLease:
+            op, ttl_s = lease_op(id, ttl, owner, generation)
+            answer = await self._holdfast._take_lease(op, waited(timeout), durability)
+            return AsyncLease(self, op.id, ttl_s, answer)
+
+        return AsyncLeaseRequest(take)
 
 
 class Orders(OrderOps[Awaitable[Answer]], Reading):
@@ -108,7 +206,7 @@ class Orders(OrderOps[Awaitable[Answer]], Reading):
 
     def __init__(self, holdfast: AsyncHoldfast) -> None:
         OrderOps.__init__(self, holdfast._do)
-        Reading.__init__(self, holdfast.engine, "orders")
+        Reading.__init__(self, holdfast, "orders", self.put)
 
 
 class Records(RecordOps[Awaitable[Answer]], Reading):
@@ -116,7 +214,7 @@ class Records(RecordOps[Awaitable[Answer]], Reading):
 
     def __init__(self, holdfast: AsyncHoldfast, name: str) -> None:
         RecordOps.__init__(self, holdfast._do, name)
-        Reading.__init__(self, holdfast.engine, name)
+        Reading.__init__(self, holdfast, name, self.put)
 
 
 class Stats(StatsOps[Awaitable[Answer]]):
@@ -124,39 +222,63 @@ class Stats(StatsOps[Awaitable[Answer]]):
 
     def __init__(self, holdfast: AsyncHoldfast) -> None:
         super().__init__(holdfast._do)
-        self._engine = holdfast.engine
+        self._source = holdfast._source
 
     async def sales(self) -> dict[str, Any]:
         """As in ``sales_stats.json``, with amounts that are not whole as Decimal."""
-        return sales_of(self._engine)
+        return sales_figures(await self._source.sales())
 
 
-class _Block(NamedTuple):
-    """An atomic or pipeline block.
+class AsyncBlock(Protocol):
+    """An atomic or pipeline block under way."""
 
-    Attributes:
-        owner, task: whose it is. A task started inside inherits the context, but is not part of the block, which may
-            be over long before it.
-        ops: gathered by an atomic block; None in a pipeline.
-        tickets: of a pipeline, one for each batch that its ops are written in.
-        durability: of a pipeline's ops.
-    """
+    async def add(self, op: AnyOp, durability: Durability | None) -> Answer:
+        """Take *op*; the answer has seq 0 where it is not known yet."""
+
+    async def finish(self) -> None:
+        """Return when all of it is acknowledged; raises when something was refused."""
+
+
+class AsyncAtomicBlock:
+    """Gathers ops, and does them at its end."""
+
+    def __init__(self, perform: Callable[[list[AnyOp]], Awaitable[None]]) -> None:
+        self._perform = perform
+        self._ops: list[AnyOp] = []
+
+    async def add(self, op: AnyOp, durability: Durability | None) -> Answer:
+        """Gather *op*; its durability is the block's."""
+        self._ops.append(op)
+        return Answer(status=200, seq=0)
+
+    async def finish(self) -> None:
+        """Do them all or none."""
+        if self._ops:
+            await self._perform(self._ops)
+
+
+class _Present(NamedTuple):
+    """The block of one task of one library. A task started inside inherits the context, but is not part of the block,
+    which may be over long before it."""
 
     owner: AsyncHoldfast
     task: asyncio.Task[Any] | None
-    ops: list[AnyOp] | None
-    tickets: list[Ticket]
-    durability: Durability | None
+    block: AsyncBlock
 
 
-_block: ContextVar[_Block | None] = ContextVar("holdfast_block", default=None)
+_present: ContextVar[_Present | None] = ContextVar("holdfast_block", default=None)
 
 
-class AsyncHoldfast:
-    """An open data directory for tasks; as ``Holdfast`` otherwise."""
+class AsyncHoldfast(ABC):
+    """What keeps a chatbot's state, in this process or in a daemon, for the tasks of one event loop.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    Attributes:
+        sessions, orders, users: the built-in collections.
+        stats: the sales figures.
+    """
+
+    def __init__(self, source: AsyncSource) -> None:
+        self._source = source
         self.sessions = Sessions(self)
         self.orders = Orders(self)
         self.users = Records(self, "users")
@@ -168,60 +290,74 @@ class AsyncHoldfast:
 
     @asynccontextmanager
     async def atomic(self, *, durability: Durability | None = None) -> AsyncIterator[None]:
-        """As ``Holdfast.atomic``, for the ops of this task; those of tasks it starts are on their own."""
-        ops: list[AnyOp] = []
-        token = self._enter(ops, [], durability)
+        """As ``sync.Holdfast.atomic``, for the ops of this task; those of tasks it starts are on their own."""
+        block = AsyncAtomicBlock(lambda ops: self._perform_together(ops, durability))
+        token = self._enter(block)
         try:
             yield
         finally:
-            _block.reset(token)
-        if ops:
-            await self.engine.submit_batch(Batch(ops=ops, atomic=True), durability=durability).committed()
+            _present.reset(token)
+        await block.finish()
 
     @asynccontextmanager
     async def pipeline(self, *, durability: Durability | None = None) -> AsyncIterator[None]:
-        """As ``Holdfast.pipeline``, for the ops of this task; those of tasks it starts are on their own."""
-        tickets: list[Ticket] = []
-        token = self._enter(None, tickets, durability)
+        """As ``sync.Holdfast.pipeline``, for the ops of this task; those of tasks it starts are on their own."""
+        block = self._pipeline(durability)
+        token = self._enter(block)
         try:
             yield
+        except BaseException:
+            with suppress(HoldfastError):
+                await block.finish()
+            raise
         finally:
-            _block.reset(token)
-            for ticket in tickets:
-                await ticket.committed()
+            _present.reset(token)
+        await block.finish()
 
+    async def status(self) -> dict[str, Any]:
+        """Counts, seqs, sizes and the last flush, for people and monitors."""
+        return await self._source.status()
+
+    @abstractmethod
     async def flush(self) -> FlushReport:
         """Write what changed to the snapshot files; errors as ``Engine.flush``."""
-        return await asyncio.to_thread(self.engine.flush, "api")
+
+    @abstractmethod
+    def events(self, after: int | None = None, *, ops: Collection[str] = (), ids: Collection[str] = ()) -> AsyncEvents:
+        """As ``sync.Holdfast.events``, for ``async for``."""
+
+    @abstractmethod
+    def _perform(self, op: AnyOp, durability: Durability | None) -> Coroutine[Any, Any, Answer]:
+        """Do one op, durably."""
+
+    @abstractmethod
+    async def _perform_together(self, ops: list[AnyOp], durability: Durability | None) -> None:
+        """Do all of *ops* or none."""
+
+    @abstractmethod
+    def _pipeline(self, durability: Durability | None) -> AsyncBlock:
+        """A block whose ops are waited for together."""
+
+    @abstractmethod
+    async def _take_lease(self, op: SessionLease, wait_s: float, durability: Durability | None) -> Answer:
+        """Take or renew a lease, waiting for it so long at most."""
 
     def _do(self, op: AnyOp, durability: Durability | None) -> Coroutine[Any, Any, Answer]:
-        return self._submit(op, durability)
+        if _present.get() is None:
+            return self._perform(op, durability)
+        return self._do_inside(op, durability)
 
-    async def _submit(self, op: AnyOp, durability: Durability | None) -> Answer:
+    async def _do_inside(self, op: AnyOp, durability: Durability | None) -> Answer:
         block = self._present_block()
-        if block is None:
-            ticket = self.engine.submit(op, durability=durability)
-            await ticket.committed()
-            return ticket.answer
-        if block.ops is not None:
-            block.ops.append(op)
-            return Answer(status=200, seq=0)
-        ticket = self.engine.submit(op, durability=durability or block.durability)
-        if not ticket.outcomes:
-            await ticket.committed()  # raises the refusal
-        note_ticket(block.tickets, ticket)
-        return ticket.answer
+        return await (self._perform(op, durability) if block is None else block.add(op, durability))
 
-    def _present_block(self) -> _Block | None:
-        block = _block.get()
-        if block is None or block.owner is not self or block.task is not asyncio.current_task():
+    def _present_block(self) -> AsyncBlock | None:
+        present = _present.get()
+        if present is None or present.owner is not self or present.task is not asyncio.current_task():
             return None
-        return block
+        return present.block
 
-    def _enter(self, ops: list[AnyOp] | None, tickets: list[Ticket], durability: Durability | None) -> _Token:
+    def _enter(self, block: AsyncBlock) -> Any:
         if self._present_block() is not None:
             raise BadRequest("atomic and pipeline blocks cannot be nested; end the outer one first")
-        return _block.set(_Block(self, asyncio.current_task(), ops, tickets, durability))
-
-
-_Token = Token[_Block | None]
+        return _present.set(_Present(self, asyncio.current_task(), block))

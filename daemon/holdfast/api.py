@@ -6,11 +6,14 @@ it where the caller awaits. Embedded and remote, waiting and awaiting forms diff
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, Generic, TypeVar
 
-from holdfast.errors import InvalidRecord
+import orjson
+
+from holdfast.errors import InvalidRecord, NotFound
 from holdfast.ops import (
     AnyOp,
     Durability,
@@ -19,6 +22,7 @@ from holdfast.ops import (
     OrderDelete,
     OrderPatch,
     OrderPut,
+    Record,
     RecordDelete,
     RecordPatch,
     RecordPut,
@@ -35,6 +39,7 @@ from holdfast.ops import (
     UserPatch,
     UserPut,
 )
+from holdfast.settings import parse_duration
 
 A = TypeVar("A")
 
@@ -48,6 +53,13 @@ Money = Decimal | int | str
 """An exact amount. A float is none: 0.1 is not what it seems."""
 
 Do = Callable[[AnyOp, Durability | None], A]
+
+
+LIST_PAGE = 1_000
+"""Records that a list asks for at once."""
+
+UPDATE_ATTEMPTS = 100
+"""More than the workers that any record has at once; who loses as often is in an endless loop."""
 
 
 class SessionOps(Generic[A]):
@@ -131,20 +143,6 @@ class SessionOps(Generic[A]):
     ) -> A:
         """Remove it; NotFound when it is not there."""
         op = SessionDelete(id=str(id), if_version=if_version, lease=lease, idempotency_key=idempotency_key)
-        return self._do(op, durability)
-
-    def lease(
-        self,
-        id: Id,
-        ttl: Seconds = 30,
-        *,
-        owner: str | None = None,
-        generation: int | None = None,
-        idempotency_key: str | None = None,
-        durability: Durability | None = None,
-    ) -> A:
-        """Take the lease for *ttl*, or renew the one of *generation*; Leased when another holds it."""
-        op = SessionLease(id=str(id), ttl=ttl, owner=owner, generation=generation, idempotency_key=idempotency_key)
         return self._do(op, durability)
 
     def release(
@@ -334,3 +332,44 @@ def _exact(amount: Money | None) -> Decimal | None:
         return Decimal(amount)
     except ArithmeticError:
         raise InvalidRecord(f"revenue must be a Decimal, an int or a decimal string, found {amount!r}") from None
+
+
+def changed(
+    found: Record | None, change: Callable[[dict[str, Any]], Value | None], default: Value | None, what: str
+) -> tuple[Value, int]:
+    """What *change* makes of the record *found*, or of *default* when there is none, with the version it rests on.
+
+    Raises:
+        NotFound: neither a record nor a default.
+    """
+    if found is not None:
+        value, version = orjson.loads(found.value), found.version
+    elif default is not None:
+        value, version = dict(default), 0
+    else:
+        raise NotFound(f"no {what} to update; give a default to begin with")
+    returned = change(value)
+    return (value if returned is None else returned), version
+
+
+def counted(name: str) -> tuple[str, ...]:
+    """The collections whose records the list *name* has."""
+    return ("orders", "completed_orders") if name == "orders" else (name,)
+
+
+def lease_op(id: Id, ttl: Seconds, owner: str | None, generation: int | None) -> tuple[SessionLease, float]:
+    """The op that asks for a lease, with its ttl in seconds.
+
+    Raises:
+        InvalidRecord: *ttl* is no duration.
+    """
+    try:
+        ttl_s = parse_duration(ttl)
+    except ValueError as error:
+        raise InvalidRecord(f"ttl: {error}") from None
+    return SessionLease(id=str(id), ttl=ttl, owner=owner, generation=generation), ttl_s
+
+
+def waited(timeout: float | None) -> float:
+    """Seconds to wait for a lease; None means for ever."""
+    return math.inf if timeout is None else timeout

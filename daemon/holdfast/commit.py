@@ -15,10 +15,14 @@ from holdfast.clock import Clock
 from holdfast.core.state import State
 from holdfast.disk.journal import Journal, encode_line
 from holdfast.errors import HoldfastError, JournalBroken, StorageFull, Unavailable
+from holdfast.measures import EngineMeasures
 from holdfast.ops import Durability
 
 SYNC_EVERY_S = 1.0
 """``everysec``: the longest that a written event stays unsynced."""
+
+SEGMENT_BYTES = 4 << 20
+"""A segment is followed by another at the latest when it has grown to this, since only whole ones can be kept or removed."""
 
 SLOW_SYNC_S = 0.25
 SLOW_SYNC_LOG_EVERY_S = 30.0
@@ -29,15 +33,19 @@ class Batch:
 
     Attributes:
         last_seq: of its last event.
+        began_at: when its first event came, monotonic seconds.
         needs_sync: at least one of its ops asked for ``always``.
         is_deferred: acknowledged already (``interval``); written at the next flush and never taken back.
     """
 
-    __slots__ = ("_event", "_futures", "_guard", "error", "is_deferred", "is_done", "last_seq", "lines", "needs_sync")
+    __slots__ = (
+        "_event", "_futures", "_guard", "began_at", "error", "is_deferred", "is_done", "last_seq", "lines", "needs_sync",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.lines: list[bytes] = []
         self.last_seq = 0
+        self.began_at = 0.0
         self.needs_sync = False
         self.is_deferred = False
         self.is_done = False
@@ -114,6 +122,10 @@ class Committer:
     Attributes:
         lock: held while an op is decided and while the state moves from one batch to the next.
         committed_seq: every event up to here is as durable as its caller asked for.
+        unflushed_since: when the first event after the last checkpoint came, monotonic seconds; None when there is none.
+        measures: what is counted, here and by those who use the committer.
+        on_committed: called from the writing thread whenever ``committed_seq`` has moved, after those who waited are
+            released; None when nobody listens.
         on_broken: called once, from the writing thread, when the disk refused to sync.
         on_full: called from the writing thread with True when the disk is full and with False when it is not any more.
     """
@@ -121,10 +133,13 @@ class Committer:
     def __init__(self, state: State, journal: Journal, durability: Durability, clock: Clock, log: Any) -> None:
         self.lock = threading.Lock()
         self.committed_seq = state.seq
+        self.on_committed: Callable[[], None] | None = None
         self.on_broken: Callable[[HoldfastError], None] = lambda error: None
         self.on_full: Callable[[bool], None] = lambda is_full: None
         self.durability: Durability = durability
         self.deferred_bytes = 0
+        self.unflushed_since: float | None = None
+        self.measures = EngineMeasures()
         self._state = state
         self._journal = journal
         self._clock = clock
@@ -170,6 +185,11 @@ class Committer:
         line = encode_line(payload)
         if not undoable:
             self.deferred_bytes += len(line)
+        if not batch.lines:
+            # One look at the clock a batch: those who come later wait less.
+            batch.began_at = self._clock.monotonic()
+            if self.unflushed_since is None:
+                self.unflushed_since = batch.began_at
         batch.lines.append(line)
         batch.last_seq = seq
         return batch
@@ -235,6 +255,7 @@ class Committer:
         try:
             if self._broken is None and self._deferred is not None:
                 self._write_deferred(self._deferred)
+                self._committed(self._deferred.last_seq)
         finally:
             self._journal.close()
 
@@ -270,6 +291,7 @@ class Committer:
                     deferred, self._deferred = self._deferred, None
                 if batch.lines:
                     self._state.begin_write()
+                    self.measures.ops.begin_write()
                     self._writing = batch
                 if checkpoint:
                     checkpoint.seq = self._state.seq
@@ -289,25 +311,29 @@ class Committer:
         if self._broken is not None:
             self._fail(batch, self._broken, deferred)
             return self._broken
+        last_seq = batch.last_seq or (deferred.last_seq if deferred else 0)
         try:
             if deferred is not None:
                 self._write_deferred(deferred)
                 deferred = None
             if batch.lines:
-                self._journal.append(b"".join(batch.lines), batch.last_seq)
-                if self._unsynced_since is None:
-                    self._unsynced_since = self._clock.monotonic()
+                self._append(batch)
             if batch.needs_sync or checkpoint or self._is_sync_due():
                 self._sync()
             if batch.lines:
                 with self.lock:
                     self._state.commit()
+                    self.measures.ops.commit()
                     self._writing = None
                     self.committed_seq = batch.last_seq
+                self.measures.durable_latency.add(self._clock.monotonic() - batch.began_at, len(batch.lines))
                 batch.finish(None)
                 self._note_full(False)
+            self._committed(last_seq)
         except StorageFull as error:
             self._fail(batch, error, deferred)
+            # What was deferred may be in the file all the same, and is not taken back.
+            self._committed(self._journal.written_seq)
             self._note_full(True)
             return error
         except JournalBroken as error:
@@ -317,7 +343,19 @@ class Committer:
             self.on_broken(error)
             self._fail(batch, error, deferred)
             return error
-        return self._rotate() if checkpoint else None
+        if checkpoint:
+            return self._rotate()
+        if self._journal.segment_bytes >= SEGMENT_BYTES:
+            # Without room for another file this one grows on, and nobody needs to know.
+            self._rotate()
+        return None
+
+    def _committed(self, last_seq: int) -> None:
+        """Tell those who follow the journal, if there are any, that they may read up to *last_seq*."""
+        if last_seq > self.committed_seq:
+            self.committed_seq = last_seq
+        if self.on_committed is not None:
+            self.on_committed()
 
     def _rotate(self) -> HoldfastError | None:
         try:
@@ -331,12 +369,18 @@ class Committer:
             return error
         return None
 
-    def _write_deferred(self, deferred: Batch) -> None:
-        self._journal.append(b"".join(deferred.lines), deferred.last_seq)
-        with self.lock:  # others may be deferred meanwhile
-            self.deferred_bytes -= sum(map(len, deferred.lines))
+    def _append(self, batch: Batch) -> None:
+        data = b"".join(batch.lines)
+        self._journal.append(data, batch.last_seq)
         if self._unsynced_since is None:
             self._unsynced_since = self._clock.monotonic()
+        self.measures.commit_events.add(len(batch.lines))
+        self.measures.commit_bytes.add(len(data))
+
+    def _write_deferred(self, deferred: Batch) -> None:
+        self._append(deferred)
+        with self.lock:  # others may be deferred meanwhile
+            self.deferred_bytes -= sum(map(len, deferred.lines))
 
     def _fail(self, batch: Batch, error: HoldfastError, deferred: Batch | None) -> None:
         """Undo and refuse *batch* and all that was decided on top of it; keep what was acknowledged already."""
@@ -353,15 +397,19 @@ class Committer:
                 self._writing = None
                 last_seq = max(self._journal.written_seq, self._deferred.last_seq if self._deferred else 0)
                 self._state.undo(last_seq)
+                self.measures.ops.undo(error.code)
         if gathered is not None:
             batch.finish(error)
             gathered.finish(error)
 
     def _sync(self) -> None:
         started = self._clock.monotonic()
+        is_needed = self._journal.synced_seq != self._journal.written_seq
         self._journal.sync()
         self._unsynced_since = None
         took = self._clock.monotonic() - started
+        if is_needed:
+            self.measures.sync.add(took)
         if took >= SLOW_SYNC_S and started - self._slow_logged_at >= SLOW_SYNC_LOG_EVERY_S:
             self._slow_logged_at = started
             self._log.warning("journal.sync_slow", duration_ms=round(took * 1000))

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from decimal import Decimal
-from types import TracebackType
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import msgspec
-import orjson
-
-from holdfast.api import Id, OrderOps, RecordOps, SessionOps, StatsOps
 from holdfast.engine import Engine, Ticket
-from holdfast.errors import BadRequest, HoldfastError
-from holdfast.flush import FlushReport
-from holdfast.ops import Answer, AnyOp, Batch, Durability
-from holdfast.pages import Page, Record
+from holdfast.errors import HoldfastError
+from holdfast.leases import take_lease
+from holdfast.ops import Answer, AnyOp, Batch, Durability, FlushReport, SessionLease
 from holdfast.recovery import open_engine
 from holdfast.settings import Settings, chosen
+from holdfast.sync import Block, Events, Holdfast
 
 EXPIRE_EVERY_S = 10.0
-LIST_PAGE = 1_000
 
 
-def open(data_dir: str | os.PathLike[str] = "data", **settings: Any) -> Holdfast:
+def open(data_dir: str | os.PathLike[str] = "data", **settings: Any) -> Embedded:
     """Open the data directory *data_dir* in this process, which owns it until ``close``.
 
     Keywords are settings by their names (``flush_every="1m"``, ``sessions={"ttl": "12h"}``); neither files nor
@@ -42,7 +34,7 @@ def open(data_dir: str | os.PathLike[str] = "data", **settings: Any) -> Holdfast
         with holdfast.open("data") as hf:
             hf.sessions.put("573001234567", {"currentState": "catalog"})
     """
-    return Holdfast(open_engine(settings_from(data_dir, settings)))
+    return Embedded(open_engine(settings_from(data_dir, settings)))
 
 
 def settings_from(data_dir: str | os.PathLike[str], keywords: Mapping[str, Any]) -> Settings:
@@ -85,203 +77,76 @@ class Keeper:
                 continue  # logged where it happened; the next turn tries again
 
 
-class Reading:
-    """Asking a collection; answers come from memory, without waiting, in their last durable state."""
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        self._engine = engine
-        self.name = name
-
-    def get(self, id: Id, default: Any = None) -> Any:
-        """The value of *id* as a dict, or *default*."""
-        found = self._engine.get(self.name, id if type(id) is str else str(id))
-        return default if found is None else orjson.loads(found.value)
-
-    def record(self, id: Id) -> Record | None:
-        """The value of *id* as JSON bytes, with its version; nothing is decoded."""
-        return self._engine.get(self.name, id if type(id) is str else str(id))
-
-    def page(
-        self, *, limit: int = 100, cursor: str | None = None, since_ms: int | None = None, state: str | None = None
-    ) -> Page:
-        """Some records from *cursor* on; as ``Engine.page``."""
-        return self._engine.page(self.name, limit=limit, cursor=cursor, since_ms=since_ms, state=state)
-
-    def list(self, *, since_ms: int | None = None, state: str | None = None) -> Iterator[Record]:
-        """All records, a page at a time; what changes meanwhile may be seen or not."""
-        cursor: str | None = None
-        while True:
-            page = self.page(limit=LIST_PAGE, cursor=cursor, since_ms=since_ms, state=state)
-            yield from page.items
-            if page.next is None:
-                return
-            cursor = page.next
-
-    def __contains__(self, id: object) -> bool:
-        return isinstance(id, str | int) and self._engine.get(self.name, str(id)) is not None
-
-    def __len__(self) -> int:
-        return count_of(self._engine, self.name)
-
-
-def count_of(engine: Engine, name: str) -> int:
-    """How many records the collection *name* has, as ``page`` lists them."""
-    closed = engine.count("completed_orders") if name == "orders" else 0
-    return engine.count(name) + closed
-
-
-def sales_of(engine: Engine) -> dict[str, Any]:
-    """The sales figures as in ``sales_stats.json``, with amounts that are not whole as Decimal."""
-    figures: dict[str, Any] = msgspec.json.Decoder(float_hook=Decimal).decode(engine.sales())
-    return figures
-
-
-class Sessions(SessionOps[Answer], Reading):
-    """The sessions."""
-
-    def __init__(self, holdfast: Holdfast) -> None:
-        SessionOps.__init__(self, holdfast._do)
-        Reading.__init__(self, holdfast.engine, "sessions")
-
-
-class Orders(OrderOps[Answer], Reading):
-    """Pending, completed and cancelled orders."""
-
-    def __init__(self, holdfast: Holdfast) -> None:
-        OrderOps.__init__(self, holdfast._do)
-        Reading.__init__(self, holdfast.engine, "orders")
-
-
-class Records(RecordOps[Answer], Reading):
-    """Users, or a custom collection."""
-
-    def __init__(self, holdfast: Holdfast, name: str) -> None:
-        RecordOps.__init__(self, holdfast._do, name)
-        Reading.__init__(self, holdfast.engine, name)
-
-
-class Stats(StatsOps[Answer]):
-    """The sales figures."""
-
-    def __init__(self, holdfast: Holdfast) -> None:
-        super().__init__(holdfast._do)
-        self._engine = holdfast.engine
-
-    def sales(self) -> dict[str, Any]:
-        """As in ``sales_stats.json``, with amounts that are not whole as Decimal."""
-        return sales_of(self._engine)
-
-
-class _Block(threading.local):
-    """The atomic or pipeline block that the present thread is in.
-
-    Attributes:
-        ops: gathered by an atomic block.
-        tickets: of a pipeline block, one for each batch that its ops are written in.
-        durability: of the block.
-    """
-
-    ops: list[AnyOp] | None = None
-    tickets: list[Ticket] | None = None
-    durability: Durability | None = None
-
-    def enter(self, durability: Durability | None) -> None:
-        if self.ops is not None or self.tickets is not None:
-            raise BadRequest("atomic and pipeline blocks cannot be nested; end the outer one first")
-        self.durability = durability
-
-
 def note_ticket(tickets: list[Ticket], ticket: Ticket) -> None:
     """Add *ticket* unless the wait for the last of *tickets* covers it."""
     if not tickets or not tickets[-1].waits_with(ticket):
         tickets.append(ticket)
 
 
-class Holdfast:
-    """An open data directory. Thread-safe; ends with ``close`` or its with-block.
+class _Pipeline:
+    """Decides each op at once, and waits for all at its end."""
+
+    def __init__(self, engine: Engine, durability: Durability | None) -> None:
+        self._engine = engine
+        self._durability = durability
+        self._tickets: list[Ticket] = []
+        self._refusal: HoldfastError | None = None
+
+    def add(self, op: AnyOp, durability: Durability | None) -> Answer:
+        """Decide *op*."""
+        try:
+            ticket = self._engine.submit(op, durability=durability or self._durability)
+            if not ticket.outcomes:
+                ticket.wait()  # raises the refusal
+        except HoldfastError as error:
+            self._refusal = self._refusal or error
+            return Answer(status=error.status, seq=0)
+        note_ticket(self._tickets, ticket)
+        return ticket.answer
+
+    def finish(self) -> None:
+        """Wait for all; raises the first refusal."""
+        for ticket in self._tickets:
+            ticket.wait()
+        if self._refusal is not None:
+            raise self._refusal
+
+
+class Embedded(Holdfast):
+    """An open data directory.
 
     Attributes:
-        sessions, orders, users: the built-in collections.
-        stats: the sales figures.
         engine: what is beneath, for those who need more.
     """
 
     def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
         self.engine = engine
-        self._block = _Block()
         self._keeper = Keeper(engine)
-        self.sessions = Sessions(self)
-        self.orders = Orders(self)
-        self.users = Records(self, "users")
-        self.stats = Stats(self)
-
-    def collection(self, name: str) -> Records:
-        """The custom collection *name*; it comes into being with its first record."""
-        return Records(self, name)
-
-    @contextmanager
-    def atomic(self, *, durability: Durability | None = None) -> Iterator[None]:
-        """The ops of this thread inside the block happen together at its end or, when one is refused, not at all.
-
-        Inside the block they return an answer of seq 0, since nothing is decided yet, and reads show the state
-        before it. An exception inside the block drops them.
-        """
-        block = self._block
-        block.enter(durability)
-        ops: list[AnyOp] = []
-        block.ops = ops
-        try:
-            yield
-        finally:
-            block.ops = None
-        if ops:
-            self.engine.submit_batch(Batch(ops=ops, atomic=True), durability=durability).wait()
-
-    @contextmanager
-    def pipeline(self, *, durability: Durability | None = None) -> Iterator[None]:
-        """The ops of this thread inside the block happen each at once, and are waited for together at its end.
-
-        A refused op raises where it stands; those before it happen nevertheless.
-        """
-        block = self._block
-        block.enter(durability)
-        tickets: list[Ticket] = []
-        block.tickets = tickets
-        try:
-            yield
-        finally:
-            block.tickets = None
-            for ticket in tickets:
-                ticket.wait()
 
     def flush(self) -> FlushReport:
         """Write what changed to the snapshot files; errors as ``Engine.flush``."""
         return self.engine.flush("api")
+
+    def events(self, after: int | None = None, *, ops: Collection[str] = (), ids: Collection[str] = ()) -> Events:
+        """As ``Holdfast.events``; a reader that comes to lag behind what the journal keeps ends with Gone."""
+        return self.engine.events(after, ops, ids)
 
     def close(self) -> None:
         """Flush, and give the directory back; errors as ``Engine.close``."""
         self._keeper.stop()
         self.engine.close()
 
-    def _do(self, op: AnyOp, durability: Durability | None) -> Answer:
-        block = self._block
-        if block.ops is not None:
-            block.ops.append(op)
-            return Answer(status=200, seq=0)
-        if block.tickets is None:
-            ticket = self.engine.submit(op, durability=durability)
-            ticket.wait()
-            return ticket.answer
-        ticket = self.engine.submit(op, durability=durability or block.durability)
-        if not ticket.outcomes:
-            ticket.wait()  # raises the refusal
-        note_ticket(block.tickets, ticket)
+    def _perform(self, op: AnyOp, durability: Durability | None) -> Answer:
+        ticket = self.engine.submit(op, durability=durability)
+        ticket.wait()
         return ticket.answer
 
-    def __enter__(self) -> Holdfast:
-        return self
+    def _perform_together(self, ops: list[AnyOp], durability: Durability | None) -> None:
+        self.engine.submit_batch(Batch(ops=ops, atomic=True), durability=durability).wait()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
+    def _pipeline(self, durability: Durability | None) -> Block:
+        return _Pipeline(self.engine, durability)
+
+    def _take_lease(self, op: SessionLease, wait_s: float, durability: Durability | None) -> Answer:
+        return take_lease(self.engine, op, wait_s, durability=durability)

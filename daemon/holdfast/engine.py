@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, get_args
 from zoneinfo import ZoneInfo
 
 import msgspec
 
 from holdfast import record
-from holdfast.clock import Clock, format_ms
+from holdfast.clock import Clock, format_ms, parse_ms
 from holdfast.commit import Batch as WriteBatch
 from holdfast.commit import Committer
 from holdfast.core.decide import Rules, decide, decide_expiry
@@ -26,10 +26,13 @@ from holdfast.core.state import COMPLETED_ORDERS, KEYS, LEASES, ORDERS, SESSIONS
 from holdfast.disk.files import DirectoryLock
 from holdfast.disk.journal import Journal
 from holdfast.errors import BadRequest, ForkedProcess, HoldfastError, StorageFull, TooLarge, Unavailable
-from holdfast.flush import Flusher, FlushReport
+from holdfast.feed import Events, Feed, Selection
+from holdfast.flush import Flusher
+from holdfast.leases import LeaseQueue
 from holdfast.load import forgotten_ms
-from holdfast.ops import Answer, AnyOp, Batch, Durability
-from holdfast.pages import Filter, Page, Record, page_of
+from holdfast.measures import Gauges
+from holdfast.ops import Answer, AnyOp, Batch, Durability, FlushReport, Page, Record, Retry
+from holdfast.pages import Filter, page_of
 from holdfast.settings import Settings
 from holdfast.values import ValueLimits
 
@@ -100,6 +103,9 @@ class Engine:
 
     Attributes:
         degraded: reasons why the data is not all it should be; empty when healthy.
+        feed: the event stream, for readers that need more than ``events``.
+        lease_queue: who waits for a session's lease.
+        measures: what it, its journal thread and its flushes count.
         on_broken: called once, from the journal's thread, when the disk refused to sync: the process must end, with
             exit code 1.
     """
@@ -123,6 +129,7 @@ class Engine:
         self._state = state
         self._journal = journal
         self._flusher = flusher
+        flusher.journal_keep = settings.journal_keep
         self._directory_lock: DirectoryLock | None = lock
         self._clock = clock
         self._log = log
@@ -131,17 +138,29 @@ class Engine:
         self._committer.on_full = self._log_full
         self._committer.on_broken = self._refuse_all
         self.on_broken: Callable[[HoldfastError], None] = lambda error: None
+        self.measures = self._committer.measures
+        self._op_counts = self.measures.ops
+        self._accepted_ops = self._op_counts.accepted
         self._lock = self._committer.lock
+        self.feed = Feed(settings.data_dir / "journal", self._committer, flusher, lambda: state.seq)
         self._refusal: HoldfastError | None = None
         self._started = clock.monotonic()
+        self._started_ms = clock.now_ms()
+        if state.seq > flusher.snapshot_seq:
+            # Replayed events are older, but by how much nobody needs to know.
+            self._committer.unflushed_since = self._started
         self._expiry_clock = _ConfirmedClock(clock)
         self._close_guard = threading.Lock()
+        self.lease_queue = LeaseQueue()
+        state.on_released = self.lease_queue.released
         _open_engines.add(self)
 
     # Changing.
 
-    def submit(self, op: AnyOp, *, durability: Durability | None = None) -> Ticket:
+    def submit(self, op: AnyOp, *, durability: Durability | None = None, retry: Retry | None = None) -> Ticket:
         """Decide *op*. It is durable, and may be told to its caller, when the ticket's wait ends.
+
+        With *retry*, a repeat of the request gets the first answer and changes nothing.
 
         Raises:
             HoldfastError: refused; nothing was changed. A refusal that rests on what is not durable yet comes from
@@ -152,10 +171,12 @@ class Engine:
         with self._lock:
             if self._refusal is not None:
                 raise self._refusal
-            return self._decide(op, durability)
+            return self._decide(op, durability, None if retry is None else retry.of_op(0))
 
-    def submit_batch(self, batch: Batch, *, durability: Durability | None = None) -> Ticket:
-        """Decide the ops of *batch* in order; they wait together.
+    def submit_batch(
+        self, batch: Batch, *, durability: Durability | None = None, retry: Retry | None = None
+    ) -> Ticket:
+        """Decide the ops of *batch* in order; they wait together. *retry* as for ``submit``, op by op.
 
         An atomic batch is one event, all or nothing. Otherwise refusals stand among the outcomes.
 
@@ -171,57 +192,64 @@ class Engine:
             if self._refusal is not None:
                 raise self._refusal
             if batch.atomic:
-                return self._decide_together(batch.ops, durability)
+                return self._decide_together(batch.ops, durability, retry)
             outcomes: list[Answer | HoldfastError] = []
-            for op in batch.ops:
+            for index, op in enumerate(batch.ops):
                 try:
-                    ticket = self._decide(op, durability)
+                    ticket = self._decide(op, durability, None if retry is None else retry.of_op(index))
                 except HoldfastError as error:
                     outcomes.append(error)
                 else:
                     outcomes.append(ticket.refusal or ticket.outcomes[0])
             return Ticket(outcomes, self._state.seq, self._committer.in_flight())
 
-    def _decide(self, op: AnyOp, durability: Durability | None) -> Ticket:
+    def _decide(self, op: AnyOp, durability: Durability | None, retry: str | None) -> Ticket:
         """Decide and apply one op, under the lock."""
         state, committer = self._state, self._committer
         now_ms = self._clock.now_ms()
         try:
-            decided = decide(state, op, self._rules, state.seq + 1, now_ms)
+            decided = decide(state, op, self._rules, state.seq + 1, now_ms, retry)
         except HoldfastError as error:
+            self._op_counts.refused[type(op), error.code] += 1
             in_flight = committer.in_flight()
             if in_flight is None:
                 raise
             # What it rests on may yet be undone, and must not be told before it is durable.
             return Ticket([], state.seq, in_flight, error)
         if type(decided) is Answer:
-            return Ticket([decided], state.seq, committer.in_flight())
+            in_flight = committer.in_flight()
+            self._op_counts.of(in_flight is not None)[type(op)] += 1
+            return Ticket([decided], state.seq, in_flight)
         assert type(decided) is Event
         undoable = committer.is_undoable(durability)
+        counts = self._accepted_ops
         if not undoable:
-            self._check_room()
+            self._check_room([op])
+            counts = self._op_counts.settled
         # Before anything is changed: what cannot be encoded must not have happened.
         payload = encode_event(decided)
         apply(state, decided, now_ms, undoable=undoable)
         seq = decided.seq
         batch = committer.add(payload, seq, durability, undoable=undoable)
+        counts[type(op)] += 1
         return Ticket([answer_of(decided, seq)], seq, batch)
 
-    def _decide_together(self, ops: list[AnyOp], durability: Durability | None) -> Ticket:
+    def _decide_together(self, ops: list[AnyOp], durability: Durability | None, retry: Retry | None) -> Ticket:
         state, committer = self._state, self._committer
         now_ms = self._clock.now_ms()
         seq = state.seq + 1
         undoable = committer.is_undoable(durability)
         if not undoable:
-            self._check_room()
+            self._check_room(ops)
         outcomes: list[Answer | HoldfastError] = []
         events: list[Event] = []
         in_flight = committer.in_flight()
         with state.all_or_nothing():
             for index, op in enumerate(ops):
                 try:
-                    decided = decide(state, op, self._rules, seq, now_ms)
+                    decided = decide(state, op, self._rules, seq, now_ms, retry and retry.of_op(index))
                 except HoldfastError as error:
+                    self._op_counts.refused[type(op), error.code] += 1
                     error.index = index
                     raise
                 if isinstance(decided, Event):
@@ -232,15 +260,20 @@ class Engine:
                 else:
                     outcomes.append(decided)
             payload = encode_event(Event(seq, format_ms(now_ms), "batch", events=events))
+        counts = self._op_counts.of(undoable if events else in_flight is not None)
+        for op in ops:
+            counts[type(op)] += 1
         if not events:
             return Ticket(outcomes, state.seq, in_flight)
         state.seq = seq
         batch = committer.add(payload, seq, durability, undoable=undoable)
         return Ticket(outcomes, seq, batch)
 
-    def _check_room(self) -> None:
-        """Refuse an op that would wait in memory for a flush that cannot be written."""
+    def _check_room(self, ops: list[AnyOp]) -> None:
+        """Refuse *ops* that would wait in memory for a flush that cannot be written."""
         if self._committer.deferred_bytes > self.settings.journal_max:
+            for op in ops:
+                self._op_counts.refused[type(op), StorageFull.code] += 1
             raise StorageFull("more changes wait for a flush than journal_max allows; free space on the disk")
 
     def expire(self) -> int:
@@ -267,6 +300,7 @@ class Engine:
                 break
         self._forget_old(now_ms)
         if count:
+            self.measures.sessions_expired += count
             self._log.info("sessions.expired", count=count)
         return count
 
@@ -288,7 +322,11 @@ class Engine:
     def _forget_old(self, now_ms: int) -> None:
         """Drop book-keeping that no decision looks at any more; replay would only bring it back to be dropped again."""
         state = self._state
-        for wheel, collection in ((state.lease_wheel, state.leases), (state.key_wheel, state.keys)):
+        for wheel, collection in (
+            (state.lease_wheel, state.leases),
+            (state.key_wheel, state.keys),
+            (state.retry_wheel, state.retries),
+        ):
             looked = True
             while looked:
                 with self._lock:
@@ -393,6 +431,50 @@ class Engine:
         }
 
     @property
+    def uptime_s(self) -> float:
+        """Since it was opened."""
+        return self._clock.monotonic() - self._started
+
+    def gauges(self) -> Gauges:
+        """How it stands, without taking the lock; asks the file system for its room.
+
+        Raises:
+            OSError: the file system does not answer.
+            Unavailable: closed.
+        """
+        self._check_readable()
+        state, journal, flusher = self._state, self._journal, self._flusher
+        waiting = [since for since in (flusher.flushing_since, self._committer.unflushed_since) if since is not None]
+        durable_seq, snapshot_seq = journal.synced_seq, flusher.snapshot_seq
+        oldest = min(waiting, default=None) if state.seq > snapshot_seq else None
+        free_bytes, disk_bytes = flusher.disk_space()
+        return Gauges(
+            decided_seq=state.seq,
+            durable_seq=durable_seq,
+            snapshot_seq=snapshot_seq,
+            journal_bytes=journal.size_bytes,
+            journal_bytes_max=self.settings.journal_max,
+            journal_segments=journal.segments,
+            deferred_bytes=self._committer.deferred_bytes,
+            unflushed_age_s=0.0 if oldest is None else max(0.0, self._clock.monotonic() - oldest),
+            snapshot_bytes=flusher.snapshot_bytes,
+            flushed_ms=parse_ms(flusher.snapshot_at) if flusher.snapshot_at else self._started_ms,
+            flush_every_s=self.settings.flush_every,
+            has_flush_failed=flusher.last_error is not None,
+            is_disk_full=self._committer.is_full,
+            is_damaged=bool(self._recovery_notes),
+            records={name: found.count for name, found in list(state.collections.items()) if name[0] != "_"},
+            leases=state.leases.count,
+            idempotency_keys=state.keys.count,
+            follower_lag={
+                name: max(0, durable_seq - watermark()) for name, watermark in list(flusher.followers.items())
+            }
+            | self.feed.lags(),
+            disk_free_bytes=free_bytes,
+            disk_bytes=disk_bytes,
+        )
+
+    @property
     def degraded(self) -> list[str]:
         """Reasons why the data is not all it should be; empty when healthy."""
         reasons = list(self._recovery_notes)
@@ -421,7 +503,27 @@ class Engine:
 
     def follow(self, name: str, watermark: Callable[[], int]) -> None:
         """Keep the journal from *watermark*() + 1 on for the follower *name* (archive, replica, backup window)."""
-        self._flusher.followers[name] = watermark
+        self._flusher.follow(name, watermark)
+
+    def unfollow(self, name: str) -> None:
+        """Keep nothing for the follower *name* any more."""
+        self._flusher.unfollow(name)
+
+    def events(self, after: int | None = None, ops: Collection[str] = (), ids: Collection[str] = ()) -> Events:
+        """Every event after *after* once it is durable, in order; None: those that come from now on.
+
+        Args:
+            after: a seq; 0 is the beginning.
+            ops: only these, such as ``session.put``, or ``order.*`` for all that begin so.
+            ids: only events of these records.
+
+        Raises:
+            Gone: the journal does not reach back so far; its ``oldest_seq`` says how far.
+            Conflict: *after* has not happened yet.
+            BadRequest: an op that does not exist, or *after* is no seq.
+            Unavailable: closed.
+        """
+        return Events(self.feed.open(after, Selection(ops, ids)))
 
     def journal_progress(self) -> float:
         """When the journal thread began its present piece of work, monotonic seconds; infinite when it rests."""
@@ -435,6 +537,7 @@ class Engine:
             self.settings = settings
             self._rules = rules_of(settings, self._reserved_names)
             self._committer.durability = settings.durability
+            self._flusher.journal_keep = settings.journal_keep
             self._state.session_ttl_ms = self._rules.session_ttl_ms
             if self._rules.session_ttl_ms < ttl_before:
                 # Whoever may now be due earlier is looked at once, in small portions, by the next expiry.
@@ -454,6 +557,7 @@ class Engine:
                 return
             with self._lock:
                 self._refusal = self._refusal or Unavailable("stopping; connect again when it is back")
+            self.lease_queue.dismiss()
             try:
                 try:
                     if flush:
@@ -461,6 +565,7 @@ class Engine:
                 finally:
                     self._committer.close()
             finally:
+                self.feed.close()
                 self._flusher.close()
                 self._directory_lock.release()
                 self._directory_lock = None
@@ -472,11 +577,13 @@ class Engine:
 
     def _refuse_all(self, error: HoldfastError) -> None:
         self._refusal = self._refusal or error
+        self.lease_queue.dismiss()
         self.on_broken(error)
 
     def _log_full(self, is_full: bool) -> None:
         if is_full:
             self._log.error("journal.disk_filled", action="free space; writes resume by themselves")
+            self._flusher.make_room()
         else:
             self._log.info("journal.writes_resumed")
 
@@ -487,6 +594,7 @@ class Engine:
         # A thread of the parent may have held them at the fork; here nobody would ever release them.
         self._lock = threading.Lock()
         self._close_guard = threading.Lock()
+        self.feed.refuse_in_child(self._refusal)
         if self._directory_lock is not None:
             self._directory_lock.abandon()
 

@@ -6,6 +6,7 @@ what was expected, what was found and what to do. Internal failures that no call
 
 from __future__ import annotations
 
+from functools import cache
 from typing import ClassVar
 
 
@@ -126,10 +127,31 @@ class InvalidRecord(HoldfastError):
 
 
 class Leased(HoldfastError):
-    """Another worker holds the lease of this session."""
+    """Another worker holds the lease of this session.
 
+    Attributes:
+        ends_in_ms: when its time is over unless it is renewed; None where that is not known.
+    """
+
+    ends_in_ms: int | None = None
     code = "leased"
     status = 423
+
+
+class Gone(HoldfastError):
+    """The events asked for are no longer in the journal.
+
+    Attributes:
+        oldest_seq: the oldest event that can still be read; a reader goes on with it, after a look at the present state.
+            0 where that is not known.
+    """
+
+    code = "gone"
+    status = 410
+
+    def __init__(self, detail: str, oldest_seq: int = 0) -> None:
+        super().__init__(detail)
+        self.oldest_seq = oldest_seq
 
 
 # Met when the disk or the process cannot do it now.
@@ -179,3 +201,19 @@ class DataRefused(HoldfastError):
 
     code = "data_refused"
     status = 503
+
+
+def error_of(code: str, detail: str, status: int) -> HoldfastError:
+    """The error that a daemon told by *code*; of a daemon newer than this library, one that only knows code and status."""
+    kind = _by_code().get(code)
+    if kind is not None:
+        return kind(detail)
+    error = HoldfastError(detail)
+    error.code, error.status = code, status  # type: ignore[misc]
+    return error
+
+
+@cache
+def _by_code() -> dict[str, type[HoldfastError]]:
+    # Direct subclasses only: what is derived from Unavailable says so by its code.
+    return {kind.code: kind for kind in HoldfastError.__subclasses__()}

@@ -18,7 +18,7 @@ from holdfast.clock import Clock, format_ms
 from holdfast.commit import Committer
 from holdfast.core.collection import SHARDS, Collection
 from holdfast.core.sales import Sales, encode_sales
-from holdfast.core.state import COMPLETED_ORDERS, COUNTED, KEYS, LEASES, ORDERS, SESSIONS, USERS, State
+from holdfast.core.state import COMPLETED_ORDERS, COUNTED, KEYS, LEASES, ORDERS, RETRIES, SESSIONS, USERS, State
 from holdfast.disk.files import Directory
 from holdfast.disk.journal import Journal
 from holdfast.disk.snapshot import (
@@ -31,8 +31,12 @@ from holdfast.disk.snapshot import (
     snapshot_chunks,
 )
 from holdfast.errors import HoldfastError
+from holdfast.ops import FlushReport
 
 SALES_FILE = "sales_stats.json"
+
+KEEP_SHARE = 4
+"""History is kept only while so many times ``journal_keep`` is free on the disk: room is for what is new."""
 
 FILE_OF = {
     SESSIONS: "chat_sessions.json",
@@ -41,6 +45,7 @@ FILE_OF = {
     USERS: "users.json",
     LEASES: "_leases.json",
     KEYS: "_keys.json",
+    RETRIES: "_retries.json",
     COUNTED: "_counted.json",
 }
 """Where the built-in collections live; a custom one lives in NAME.json."""
@@ -51,33 +56,15 @@ def file_of(collection: str) -> str:
     return FILE_OF.get(collection, f"{collection}.json")
 
 
-class FlushReport(msgspec.Struct, frozen=True):
-    """What a flush did.
-
-    Attributes:
-        reason: interval, size, signal, api, shutdown, recovery.
-        snapshot_seq: the files hold every event up to here.
-        files: how many were rewritten.
-        bytes: their size.
-        pruned: journal segments removed.
-        duration_ms: from the first to the last step.
-        at: when it ended, ISO 8601.
-    """
-
-    reason: str
-    snapshot_seq: int
-    files: int
-    bytes: int
-    pruned: int
-    duration_ms: float
-    at: str
-
-
 class Flusher:
     """Writes snapshots; one flush at a time, at most one waiting.
 
     Attributes:
-        followers: by name, what each still needs: a function that gives its watermark seq.
+        followers: by name, what each still needs: a function that gives its watermark seq. Changed by ``follow`` and
+            ``unfollow``, from any thread.
+        journal_keep: bytes of the journal that are kept for readers behind the snapshots.
+        flushing_since: when the oldest event came that the flush under way writes, monotonic seconds; None when there
+            is none.
         last_report: of the last flush that succeeded.
         last_error: why the last one failed; None when it did not.
     """
@@ -93,6 +80,11 @@ class Flusher:
     ) -> None:
         """Begin with the files of *manifest*, and with those *loaded* (name to size and mtime_ns) that others wrote."""
         self.followers: dict[str, Callable[[], int]] = {}
+        self.journal_keep = 0
+        # Who begins to follow either counts in a pruning, or finds what it left.
+        # Reentrant, since the garbage collector may end a reader in the midst of one.
+        self._pruning = threading.RLock()
+        self.flushing_since: float | None = None
         self.last_report: FlushReport | None = None
         self.last_error: Exception | None = None
         self._directory = directory
@@ -113,9 +105,35 @@ class Flusher:
         return self._manifest.snapshot_seq
 
     @property
+    def snapshot_at(self) -> str:
+        """When they were written, ISO 8601; empty when there are none yet."""
+        return self._manifest.at
+
+    @property
     def snapshot_bytes(self) -> int:
         """Size of the snapshot files."""
         return sum(entry.bytes for entry in self._manifest.files.values())
+
+    def disk_space(self) -> tuple[int, int]:
+        """Bytes free for us, and all bytes, of the file system that the data directory is on."""
+        return self._directory.space()
+
+    def follow(self, name: str, watermark: Callable[[], int]) -> None:
+        """Keep the journal from *watermark*() + 1 on, as long as it is still there when this returns."""
+        with self._pruning:
+            self.followers[name] = watermark
+
+    def unfollow(self, name: str) -> None:
+        """Keep nothing for *name* any more."""
+        with self._pruning:
+            self.followers.pop(name, None)
+
+    def make_room(self) -> None:
+        """Give up the history that is kept for readers only; what followers need stays. Errors are told in the log."""
+        try:
+            self._retire(self.snapshot_seq, keep_bytes=0)
+        except OSError as error:
+            self._log.warning("journal.keep_failed", reason=str(error))
 
     def flush(self, reason: str, committer: Committer, state: State) -> FlushReport:
         """Flush, or share the flush that waits for the running one; errors as ``Engine.flush``."""
@@ -152,19 +170,28 @@ class Flusher:
             report = self._write(reason, committer, state, started)
         except (HoldfastError, OSError) as error:
             self.last_error = error
+            committer.measures.flushes[reason, False] += 1
             self._log.error("flush.failed", reason=reason, error=str(error))
             raise
         self.last_error = None
         self.last_report = report
+        measures = committer.measures
+        measures.flushes[reason, True] += 1
+        measures.flush.add(report.duration_ms / 1000)
+        measures.flushed_bytes += report.bytes
         self._log.info("flush.completed", **{key: getattr(report, key) for key in _LOGGED})
         return report
 
     def _write(self, reason: str, committer: Committer, state: State, started: float) -> FlushReport:
+        if not self._may_keep(committer):
+            # Before anything is written: it may be just the room that is missing.
+            self.make_room()
         files = self._manifest.files
         captured: list[Collection] = []
         sales: list[Sales] = []
 
         def begin(seq: int) -> None:
+            self.flushing_since, committer.unflushed_since = committer.unflushed_since, None
             for collection in state.collections.values():
                 entry = files.get(file_of(collection.name))
                 if entry is None or collection.changed_seq > entry.seq:
@@ -187,15 +214,20 @@ class Flusher:
             if sales:
                 staged[SALES_FILE] = entry_of(self._directory.stage(SALES_FILE, [encode_sales(sales[0])]), 0, seq)
             self._publish(staged, seq)
+            self.flushing_since = None
         except BaseException:
+            with committer.lock:
+                if self.flushing_since is not None:
+                    committer.unflushed_since, self.flushing_since = self.flushing_since, None
             self._directory.discard(staged)
             raise
         finally:
             with committer.lock:
                 for collection in captured:
                     collection.end_capture()
-        needed = min([seq, *(watermark() for watermark in self.followers.values())]) + 1
-        pruned = self._journal.prune(needed)
+        # What was damaged is no history to go on with.
+        is_sound = reason != "recovery"
+        pruned = self._retire(seq, self.journal_keep if is_sound and self._may_keep(committer) else 0)
         return FlushReport(
             reason=reason,
             snapshot_seq=seq,
@@ -205,6 +237,15 @@ class Flusher:
             duration_ms=round((self._clock.monotonic() - started) * 1000, 1),
             at=format_ms(self._clock.now_ms()),
         )
+
+    def _may_keep(self, committer: Committer) -> bool:
+        free_bytes, _ = self._directory.space()
+        return not committer.is_full and free_bytes >= KEEP_SHARE * self.journal_keep
+
+    def _retire(self, covered_seq: int, keep_bytes: int) -> int:
+        with self._pruning:
+            needed_seq = min([covered_seq, *(watermark() for watermark in list(self.followers.values()))]) + 1
+            return self._journal.retire(covered_seq, needed_seq, keep_bytes)
 
     def _publish(self, staged: dict[str, FileEntry], seq: int) -> None:
         self._settle_interrupted()

@@ -8,14 +8,16 @@ and the command line, so an op that works in one place works in all. An op says 
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
 Durability = Literal["always", "everysec", "interval"]
 """When an op is acknowledged: after fsync, after write (fsync each second), or at once (written at each flush)."""
 
-Seconds = str | int | float
+Seconds = Annotated[
+    str | int | float, msgspec.Meta(description="Seconds, or text such as `90s`, `12h`.", examples=["30s", 90])
+]
 """A duration on the wire: a number of seconds, or text such as ``"90s"``, ``"12h"``."""
 
 
@@ -41,7 +43,7 @@ class RecordOp(Op, frozen=True, kw_only=True, forbid_unknown_fields=True):
     Attributes:
         id: the record's id, as text also where the stored field is a number.
         if_version: do it only when the record has this version; 0 means "only if absent",
-            ``ANY_VERSION`` "only if present".
+            ``ANY_VERSION`` (-1) "only if present".
     """
 
     id: str
@@ -208,6 +210,25 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     atomic: bool = False
 
 
+class Retry(NamedTuple):
+    """Which request of which client this is, so that it may be sent again when its answer is lost.
+
+    Of each client the answers to its last request are kept, for an hour; so a client numbers its requests upwards and
+    sends the next one only when the last one is answered. Costs less than an idempotency key, which is kept for a day.
+
+    Attributes:
+        client: 8 to 64 of A-Z, a-z, 0-9, _ and -, drawn at random for each connection.
+        number: of the request.
+    """
+
+    client: str
+    number: int
+
+    def of_op(self, index: int) -> str:
+        """What the event of the request's op *index* carries."""
+        return f"{self.client}/{index}/{self.number}"
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What an op yielded.
 
@@ -226,3 +247,51 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=F
     version: int = 0
     generation: int | None = None
     expires_at: str | None = None
+
+
+class Record(msgspec.Struct, frozen=True, gc=False):
+    """A stored record.
+
+    Attributes:
+        id: as text.
+        version: counted from 1.
+        value: the JSON object as it was stored.
+    """
+
+    id: str
+    version: int
+    value: bytes
+
+
+class Page(msgspec.Struct, frozen=True):
+    """A part of a list.
+
+    Attributes:
+        items: the records; may be fewer than asked for, even none, when *next* is given.
+        next: the cursor of the following page; None at the end.
+    """
+
+    items: list[Record]
+    next: str | None
+
+
+class FlushReport(msgspec.Struct, frozen=True):
+    """What a flush did.
+
+    Attributes:
+        reason: interval, size, signal, api, shutdown, recovery.
+        snapshot_seq: the files hold every event up to here.
+        files: how many were rewritten.
+        bytes: their size.
+        pruned: journal segments removed.
+        duration_ms: from the first to the last step.
+        at: when it ended, ISO 8601.
+    """
+
+    reason: str
+    snapshot_seq: int
+    files: int
+    bytes: int
+    pruned: int
+    duration_ms: float
+    at: str

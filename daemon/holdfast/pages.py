@@ -15,6 +15,7 @@ from holdfast.core.collection import SHARDS
 from holdfast.core.decide import Rules, activity_ms
 from holdfast.core.state import COMPLETED_ORDERS, ORDERS, SESSIONS, State
 from holdfast.errors import BadRequest
+from holdfast.ops import Page, Record
 
 PAGE_BYTES_MAX = 8 << 20
 """Of the values in one page; it may then be short, with a cursor to go on."""
@@ -23,32 +24,6 @@ PAGE_LOOKS_AT_MOST = 5_000
 """Records that one filtered page examines; it may then be short, with a cursor to go on."""
 
 _STATE_FIELD = {SESSIONS: "currentState", ORDERS: "status"}
-
-
-class Record(msgspec.Struct, frozen=True, gc=False):
-    """A stored record.
-
-    Attributes:
-        id: as text.
-        version: counted from 1.
-        value: the JSON object as it was stored.
-    """
-
-    id: str
-    version: int
-    value: bytes
-
-
-class Page(msgspec.Struct, frozen=True):
-    """A part of a list.
-
-    Attributes:
-        items: the records; may be fewer than asked for, even none, when *next* is given.
-        next: the cursor of the following page; None at the end.
-    """
-
-    items: list[Record]
-    next: str | None
 
 
 class Filter(msgspec.Struct, frozen=True):

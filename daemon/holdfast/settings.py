@@ -448,6 +448,23 @@ class LimitSettings(msgspec.Struct, frozen=True, kw_only=True):
     connections: Annotated[
         int, Count("More connections at once are turned away; each costs a descriptor.", low=1, high=1_000_000)
     ] = 1_000
+    streams: Annotated[
+        int, Count("More event streams at once are refused; each is a connection as well.", low=0, high=1_000_000)
+    ] = 100
+    heartbeat: Annotated[
+        float,
+        Span(
+            "An event stream without events carries a sign of life so often; below a proxy's own limit.",
+            low=0.1,
+            high=HOUR,
+        ),
+    ] = 15.0
+    stream_stall: Annotated[
+        float,
+        Span(
+            "A reader of an event stream that takes nothing for so long is cut off; it may resume.", low=0.1, high=HOUR
+        ),
+    ] = 30.0
 
 
 class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -490,6 +507,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int,
         Size("A journal grown past this is flushed early; larger makes a restart slower.", low=64 * KIB, high=GIB),
     ] = 256 * MIB
+    journal_keep: Annotated[
+        int,
+        Size(
+            "Journal kept behind the flushes, from which event streams resume; not kept when the disk is short of room.",
+            low=0,
+            high=GIB,
+        ),
+    ] = 16 * MIB
     shutdown_timeout: Annotated[
         float,
         Span("The whole of a stop; keep it below TimeoutStopSec of systemd.", low=1, high=HOUR),

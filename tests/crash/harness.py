@@ -20,7 +20,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from holdfast.disk.tail import Tail, oldest_seq
 from holdfast.engine import Engine
+from holdfast.errors import Gone
 from holdfast.ops import AnyOp, Batch, OrderComplete, SessionPut
 from holdfast.recovery import open_engine
 from holdfast.settings import Settings
@@ -83,9 +85,23 @@ def complaints(data_dir: Path, ledgers: Iterable[Ledger], log: Recorder | None =
     engine = reopened(data_dir, log)
     try:
         wrong = differences(ledgers, found_in(engine))
-        return wrong + [f"degraded: {reason}" for reason in engine.degraded] + surprises(log)
+        return wrong + [f"degraded: {reason}" for reason in engine.degraded] + surprises(log) + holes_in(engine)
     finally:
         engine.close()
+
+
+def holes_in(engine: Engine) -> list[str]:
+    """What is missing for those who follow the events, from the oldest that is there to the last."""
+    directory = engine.feed.directory
+    tail, last = Tail(directory, oldest_seq(directory) - 1), engine.status()["seq"]
+    try:
+        while tail.read(last):
+            pass
+    except Gone as error:
+        return [f"hole in the history: {error}"]
+    finally:
+        tail.close()
+    return []
 
 
 def surprises(log: Recorder) -> list[str]:

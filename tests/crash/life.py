@@ -27,11 +27,14 @@ STEPS = 24
 FLUSH_AFTER = (8, 14, 15)
 REOPEN_AFTER = 18
 
+JOURNAL_KEEP = 2_000
+"""Some segments are kept behind a flush, and some of those make room for later ones."""
+
 
 def main() -> int:
     data_dir, acknowledged = Path(sys.argv[1]), os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
-        engine = reopened(data_dir)
+        engine = reopened(data_dir, journal_keep=JOURNAL_KEEP)
     except OSError as error:
         return failed("open", error)
     if "--wait" in sys.argv:
@@ -55,7 +58,7 @@ def main() -> int:
         if step == REOPEN_AFTER and "--wait" not in sys.argv:
             try:
                 engine.close()
-                engine = reopened(data_dir)
+                engine = reopened(data_dir, journal_keep=JOURNAL_KEEP)
             except (HoldfastError, OSError) as error:
                 return failed("reopen", error)
     try:

@@ -49,7 +49,7 @@ def test_full_at_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             _pad_journal(engine, size * 97)
             refusals += _fill_up(engine, ledger)
 
-            journal = max((disk / "data" / "journal").iterdir()).read_bytes()
+            journal = max((disk / "data" / "journal").glob("*.jsonl")).read_bytes()
             assert journal.endswith(b"\n") and b"\0" not in journal
             assert not differences([ledger], found_in(engine))
             assert log.names()[-1] == "journal.disk_filled"
@@ -72,7 +72,7 @@ def test_full_at_every_byte_of_an_event(tmp_path: Path, capsys: pytest.CaptureFi
     ledger = Ledger(0, SEED)
     engine = reopened(tmp_path / "data")
     _many(engine, ledger, 5)
-    segment = max((tmp_path / "data" / "journal").iterdir())
+    segment = max((tmp_path / "data" / "journal").glob("*.jsonl"))
     before = segment.stat().st_size
     _many(engine, ledger, 1, together=3)
     event_bytes = segment.stat().st_size - before

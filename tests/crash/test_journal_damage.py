@@ -65,7 +65,7 @@ def written(tmp_path: Path) -> Written:
         do(engine, ledger.propose())
         ledger.acknowledge()
     engine.close(flush=False)
-    segment = max((tmp_path / "data" / "journal").iterdir())
+    segment = max((tmp_path / "data" / "journal").glob("*.jsonl"))
     raw = segment.read_bytes()
     ends = [index + 1 for index, byte in enumerate(raw) if byte == 0x0A]
     with Directory(segment.parent) as directory:

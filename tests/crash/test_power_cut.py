@@ -16,7 +16,7 @@ import pytest
 
 from holdfast.engine import Engine
 from holdfast.errors import HoldfastError
-from tests.crash.harness import FULL, SEED, Recorder, do, needs_root, reopened, report, surprises
+from tests.crash.harness import FULL, SEED, Recorder, do, holes_in, needs_root, reopened, report, surprises
 from tests.crash.oracle import Ledger, differences, found_in
 
 CUTS = 1000 if FULL else 50
@@ -57,7 +57,7 @@ def test_power_cuts(disk: tuple[Path, Path], capsys: pytest.CaptureFixture[str])
         _run("mount", "-o", "loop", str(image), str(place))
         log = Recorder()
         engine = reopened(place / "data", log)
-        wrong += differences(ledgers, found_in(engine)) + engine.degraded + surprises(log)
+        wrong += differences(ledgers, found_in(engine)) + engine.degraded + surprises(log) + holes_in(engine)
         assert not wrong, (cut, wrong[:5])
         has_power = threading.Event()
         has_power.set()

@@ -23,6 +23,7 @@ from tests.crash.harness import (
     Recorder,
     Served,
     clean_environ,
+    holes_in,
     needs_strace,
     reopened,
     report,
@@ -148,7 +149,13 @@ class _Lint:
             self._unnamed = {name for name in self._unnamed if os.path.dirname(name) != path}
 
     def _see_rename(self, is_over: bool, call: Call) -> None:
-        if not is_over:
+        if call.target.endswith(".jsonl"):
+            if not is_over:
+                self._see_retired(call.target)
+            else:
+                for path in (call.source, call.target):
+                    self.waiting_directories[os.path.dirname(path)] = path
+        elif not is_over:
             if call.source in self._unsynced_files:
                 self.faults.append(f"{call.source} renamed before it was synced")
             waiting, name = list(self.waiting_directories.values()), os.path.basename(call.target)
@@ -159,13 +166,16 @@ class _Lint:
             self.waiting_directories[os.path.dirname(call.target)] = call.target
 
     def _see_unlink(self, call: Call) -> None:
-        if not call.target.endswith(".jsonl"):
-            return
+        if call.target.endswith(".jsonl"):
+            self._see_retired(call.target)
+
+    def _see_retired(self, path: str) -> None:
+        """A segment leaves the journal, or what was kept of it."""
         self.pruned += 1
         if self.waiting_directories:
-            self.faults.append(f"{call.target} removed while {self.waiting_directories} were not durable")
-        if int(Path(call.target).stem) > self._manifest_seq:
-            self.faults.append(f"{call.target} removed, but the manifest holds only up to {self._manifest_seq}")
+            self.faults.append(f"{path} retired while {self.waiting_directories} were not durable")
+        if int(Path(path).stem) > self._manifest_seq:
+            self.faults.append(f"{path} retired, but the manifest holds only up to {self._manifest_seq}")
 
 
 def test_every_prefix_of_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +275,7 @@ def _wrong_in(data_dir: Path, files: dict[str, bytes], acknowledged: int) -> lis
     try:
         for name, raw in files.items():
             path = data_dir / name
-            path.parent.mkdir(mode=0o700, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.write_bytes(raw)
         ledger = life.ledger_after(acknowledged)
         if acknowledged < life.STEPS:
@@ -274,7 +284,7 @@ def _wrong_in(data_dir: Path, files: dict[str, bytes], acknowledged: int) -> lis
         engine = reopened(data_dir, log)
         try:
             wrong = differences([ledger], found_in(engine))
-            return wrong + [f"degraded: {reason}" for reason in engine.degraded] + surprises(log)
+            return wrong + [f"degraded: {reason}" for reason in engine.degraded] + surprises(log) + holes_in(engine)
         finally:
             engine.close(flush=False)
     finally:

@@ -5,51 +5,103 @@ from __future__ import annotations
 import http.client
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
 
 import click
+import msgspec
 import orjson
 
-from holdfast.errors import HoldfastError, SettingsError, Unauthorized, Unavailable
+from holdfast import __version__
+from holdfast.errors import (
+    BadRequest,
+    HoldfastError,
+    MethodNotAllowed,
+    NotFound,
+    SettingsError,
+    StorageFull,
+    Unauthorized,
+    Unavailable,
+)
 from holdfast.settings import Settings, TcpAddress, UnixAddress, format_duration, load, parse_address
 
+T = TypeVar("T")
+
+DIRECTORY = click.Path(file_okay=False)
+"""Of an option; need not exist, and the shell completes directories."""
+
 ANSWER_TIMEOUT_S = 10.0
+WORK_TIMEOUT_S = 600.0
+"""A flush of a million sessions takes seconds, on a slow disk a minute."""
+
 ANSWER_BYTES_MAX = 64 << 20
 
 
+# What a command tells apart; every other refusal is told by its detail alone. Not SettingsError: refused settings of the
+# daemon are no bad command line.
+_TOLD_APART = {kind.code: kind for kind in (BadRequest, NotFound, StorageFull, Unavailable)}
+
+
+class Reply(NamedTuple):
+    """What the daemon answered.
+
+    Attributes:
+        version: of the record in *body*, where there is one.
+        body: JSON, or nothing.
+    """
+
+    version: int | None
+    body: bytes
+
+
 class Daemon(NamedTuple):
-    """Where a daemon listens, with what this caller may show it. Each request has a connection of its own."""
+    """Where a daemon listens, with what this caller may show it."""
 
     address: UnixAddress | TcpAddress
     token: str | None
     data_dir: Path | None
 
-    def request(self, method: str, path: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> dict[str, Any]:
-        """The JSON object that the daemon answers.
+    def connect(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Connection:
+        """A connection for many requests, opened by the first of them; for one thread at a time."""
+        return Connection(self, timeout_s)
+
+    def fetch(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+    ) -> Reply:
+        """What the daemon answers, on a connection of its own.
 
         Raises:
             Unavailable: nobody answers there, or not within *timeout_s*; whether the daemon acted is then not known.
             HoldfastError: the daemon refused; the detail is its own.
         """
-        headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
-        connection = self._connection(timeout_s)
-        try:
-            connection.request(method, path, headers=headers)
-            response = connection.getresponse()
-            body = response.read(ANSWER_BYTES_MAX)
-            if response.length:
-                raise http.client.IncompleteRead(body, response.length)
-        except TimeoutError as error:
-            raise Unavailable(f"{self} did not answer within {format_duration(timeout_s)}; see its log") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise Unavailable(self._unreachable(error)) from error
-        finally:
-            connection.close()
-        return self._answer(response.status, body)
+        target = f"{path}?{urlencode(query)}" if query else path
+        with self.connect(timeout_s=timeout_s) as connection:
+            return connection.fetch(method, target, headers=headers, body=body)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+    ) -> dict[str, Any]:
+        """The JSON object that the daemon answers; raises as ``fetch`` does."""
+        reply = self.fetch(method, path, query=query, headers=headers, body=body, timeout_s=timeout_s)
+        return object_in(reply.body, self)
 
     def __str__(self) -> str:
         match self.address:
@@ -58,35 +110,154 @@ class Daemon(NamedTuple):
             case TcpAddress(host, port):
                 return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
-    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
-        match self.address:
+
+class Connection:
+    """One kept-alive connection to a daemon. Thread-compatible; a failed request leaves it closed."""
+
+    def __init__(self, daemon: Daemon, timeout_s: float) -> None:
+        self._daemon = daemon
+        self._timeout_s = timeout_s
+        self._headers = {"Accept": "application/json"}
+        if daemon.token:
+            self._headers["Authorization"] = f"Bearer {daemon.token}"
+        match daemon.address:
             case UnixAddress(path):
-                return _UnixConnection(path, timeout_s)
+                self._http: http.client.HTTPConnection = _UnixConnection(path, timeout_s)
             case TcpAddress(host, port):
-                return http.client.HTTPConnection(host, port, timeout=timeout_s)
+                self._http = http.client.HTTPConnection(host, port, timeout=timeout_s)
+
+    def fetch(
+        self, method: str, target: str, *, headers: Mapping[str, str] | None = None, body: bytes | None = None
+    ) -> Reply:
+        """What the daemon answers to *method* on *target*, a path with its query; raises as ``Daemon.fetch``."""
+        sent = self._headers | dict(headers or {})
+        if body is not None:
+            sent["Content-Type"] = "application/json"
+        try:
+            self._http.request(method, target, body, sent)
+            response = self._http.getresponse()
+            answer = response.read(ANSWER_BYTES_MAX)
+            if response.length:
+                raise http.client.IncompleteRead(answer, response.length)
+        except TimeoutError as error:
+            self.close()
+            raise Unavailable(
+                f"{self._daemon} did not answer within {format_duration(self._timeout_s)}; see its log"
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise Unavailable(self._unreachable(error)) from error
+        return self._checked(response, answer, target)
+
+    def lines(self, target: str, *, headers: Mapping[str, str] | None = None) -> Iterator[bytes]:
+        """The lines of a stream as they come, until the daemon ends it.
+
+        Raises:
+            Unavailable: nobody answers, or it broke off, or nothing came for the connection's timeout.
+            HoldfastError: the daemon refused; the detail is its own.
+        """
+        try:
+            self._http.request("GET", target, headers=self._headers | dict(headers or {}))
+            response = self._http.getresponse()
+            if response.status != 200:
+                self._checked(response, response.read(ANSWER_BYTES_MAX), target)
+            while line := response.readline():
+                yield line.rstrip(b"\n")
+        except (OSError, http.client.HTTPException) as error:
+            raise Unavailable(self._unreachable(error)) from error
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close it; the next request opens it again."""
+        self._http.close()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _unreachable(self, error: Exception) -> str:
+        daemon = self._daemon
         if isinstance(error, PermissionError):
-            return f"the socket {self} may not be opened by this user; run as the daemon's user or group"
+            return f"the socket {daemon} may not be opened by this user; run as the daemon's user or group"
         if isinstance(error, FileNotFoundError | ConnectionRefusedError):
-            start = f"holdfast serve --data-dir {self.data_dir}" if self.data_dir else "holdfast serve"
-            return f"no daemon is running at {self}; start one with `{start}`, or name another with --connect"
-        return f"{self} broke off without an answer ({error or type(error).__name__}); see the daemon's log"
+            start = f"holdfast serve --data-dir {daemon.data_dir}" if daemon.data_dir else "holdfast serve"
+            return f"no daemon is running at {daemon}; start one with `{start}`, or name another with --connect"
+        if isinstance(error, OSError) and error.errno is not None:
+            return f"{daemon} cannot be reached ({error.strerror}); name another with --connect"
+        return f"{daemon} broke off without an answer ({error or type(error).__name__}); see the daemon's log"
 
-    def _answer(self, status: int, body: bytes) -> dict[str, Any]:
-        try:
-            answer = orjson.loads(body)
-        except orjson.JSONDecodeError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise Unavailable(
-                f"expected a Holdfast daemon at {self}, found a server that answers {status} without JSON"
-            )
-        if status == Unauthorized.status:
-            raise Unauthorized(f"{self}: {answer.get('detail')}; give a token with HOLDFAST_TOKEN or --token-file")
-        if status >= 400:
-            raise HoldfastError(str(answer.get("detail", f"the daemon answered {status}")))
-        return answer
+    def _checked(self, response: http.client.HTTPResponse, body: bytes, target: str) -> Reply:
+        if response.status == 204:
+            return Reply(None, b"")
+        if response.status >= 400:
+            raise self._refusal(response, object_in(body, self._daemon), target)
+        if not body.startswith(b"{"):
+            # Of a large page no more is looked at here.
+            object_in(body, self._daemon)
+        tag = response.headers.get("ETag", "").strip('W/"')
+        return Reply(int(tag) if tag.isascii() and tag.isdigit() else None, body)
+
+    def _refusal(self, response: http.client.HTTPResponse, problem: dict[str, Any], target: str) -> HoldfastError:
+        detail = str(problem.get("detail", f"the daemon answered {response.status}"))
+        if response.status == Unauthorized.status:
+            return Unauthorized(f"{self._daemon}: {detail}; give a token with HOLDFAST_TOKEN or --token-file")
+        is_unknown = response.status == NotFound.status and detail.startswith("no such path")
+        if is_unknown or response.status == MethodNotAllowed.status:
+            return HoldfastError(self._other_version(response.headers.get("Server", ""), target))
+        return _TOLD_APART.get(str(problem.get("code")), HoldfastError)(detail)
+
+    def _other_version(self, server: str, target: str) -> str:
+        path = target.partition("?")[0]
+        name, _, version = server.partition("/")
+        found = version if name == "holdfast" and version else "of another version"
+        return (
+            f"the daemon at {self._daemon} is {found}, this command line {__version__}, and the daemon does not know "
+            f"{path}; run the same version of both"
+        )
+
+
+def path_of(*segments: str) -> str:
+    """The path of these *segments* below ``/v1``, each percent-encoded."""
+    return "/v1/" + "/".join(quote(segment, safe="") for segment in segments)
+
+
+def object_in(body: bytes, daemon: Daemon) -> dict[str, Any]:
+    """The JSON object that *daemon* answered.
+
+    Raises:
+        Unavailable: it is none, so whoever listens there is no daemon of ours.
+    """
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise Unavailable(f"expected a Holdfast daemon at {daemon}, found a server that answers without a JSON object")
+    return Answer(daemon, answer)
+
+
+class Answer(dict[str, Any]):
+    """A JSON object from *daemon*; what it should have and has not is told, for it is the daemon's doing."""
+
+    def __init__(self, daemon: Daemon, fields: dict[str, Any]) -> None:
+        super().__init__(fields)
+        self._daemon = daemon
+
+    def __missing__(self, name: str) -> Any:
+        raise Unavailable(f"expected a Holdfast daemon at {self._daemon}, found an answer without {name!r}")
+
+
+def decoded(body: bytes, kind: type[T], daemon: Daemon) -> T:
+    """The *kind* of value that *daemon* answered; raises as ``object_in``."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        raise Unavailable(f"expected a Holdfast daemon at {daemon}, found another answer ({error})") from None
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -111,7 +282,11 @@ def find_daemon(connect: str | None, data_dir: str | None, token_file: Path | No
     if connect is not None:
         return Daemon(_address_of(connect), _token(token_file, None), None)
     settings = settings_of(data_dir)
-    addresses = [parse_address(address, settings.data_dir) for address in settings.listen]
+    try:
+        addresses = [parse_address(address, settings.data_dir) for address in settings.listen]
+    except ValueError as error:
+        # Such as a directory whose name is too long for a socket in it.
+        raise SettingsError(f"listen: {error}") from error
     address = next((one for one in addresses if isinstance(one, UnixAddress)), addresses[0])
     first_token = settings.data_dir / "token" if isinstance(address, TcpAddress) else None
     return Daemon(address, _token(token_file, first_token), settings.data_dir)
@@ -171,16 +346,43 @@ def _token(token_file: Path | None, first_token: Path | None) -> str | None:
     return token
 
 
+def daemon_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that name a daemon, for a group: they may stand before the subcommand as well as after it."""
+    for option in (
+        click.option(
+            "--token-file", type=click.Path(path_type=Path), metavar="FILE", help="Holds the token for http://."
+        ),
+        click.option("--connect", metavar="ADDRESS", help="unix:PATH or http://HOST:PORT, instead of --data-dir."),
+        click.option("--data-dir", type=DIRECTORY, metavar="DIR", help="The data directory that the daemon serves."),
+    ):
+        command = option(command)
+    return command
+
+
 def daemon_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give *command* the options that name a daemon; it receives the ``Daemon`` as its first argument."""
 
-    @click.option("--data-dir", metavar="DIR", help="The data directory that the daemon serves.")
-    @click.option("--connect", metavar="ADDRESS", help="unix:PATH or http://HOST:PORT, instead of --data-dir.")
-    @click.option("--token-file", type=click.Path(path_type=Path), metavar="FILE", help="Holds the token for http://.")
+    @daemon_flags
     @wraps(command)
-    def with_daemon(*args: Any, connect: str | None, data_dir: str | None, token_file: Path | None, **kw: Any) -> Any:
-        if connect is not None and data_dir is not None:
-            raise click.UsageError("give either --connect or --data-dir, not both")
-        return command(find_daemon(connect, data_dir, token_file), *args, **kw)
+    def with_daemon(*args: Any, **kw: Any) -> Any:
+        for name in _FLAGS:
+            del kw[name]
+        return command(named_daemon(click.get_current_context()), *args, **kw)
 
     return with_daemon
+
+
+_FLAGS = ("connect", "data_dir", "token_file")
+
+
+def named_daemon(ctx: click.Context) -> Daemon:
+    """The daemon that the options of this command, or of the group before it, name."""
+    found: dict[str, Any] = dict.fromkeys(_FLAGS)
+    level: click.Context | None = ctx
+    while level is not None:
+        for name in _FLAGS:
+            found[name] = level.params.get(name) if found[name] is None else found[name]
+        level = level.parent
+    if found["connect"] is not None and found["data_dir"] is not None:
+        raise click.UsageError("give either --connect or --data-dir, not both")
+    return find_daemon(**found)

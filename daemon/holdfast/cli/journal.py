@@ -10,19 +10,26 @@ import click
 import orjson
 
 from holdfast.cli.connection import settings_of
+from holdfast.cli.show import examples, print_json_line
 from holdfast.disk.files import Directory
 from holdfast.disk.journal import Damage, History, read_history
 from holdfast.errors import DataRefused, NotFound
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "holdfast journal --op order.complete",
+        "holdfast journal --id 573001234567",
+        "holdfast journal | jq -c '{at, op, id}'",
+    )
+)
 @click.option("--data-dir", metavar="DIR", help="The data directory whose journal is meant; nothing in it is changed.")
 @click.option("--since-seq", type=click.IntRange(min=1), default=1, metavar="SEQ", help="Begin with this event.")
 @click.option("--op", "ops", multiple=True, metavar="OP", help="Only this op, such as order.put; may be repeated.")
 @click.option("--id", "ids", multiple=True, metavar="ID", help="Only events of this record; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="What it prints anyway: one JSON object a line.")
 def journal(data_dir: str | None, since_seq: int, ops: tuple[str, ...], ids: tuple[str, ...], as_json: bool) -> int:
-    """Print the events since the last flush, one JSON object a line.
+    """Print the events since the last flush, one JSON object a line; coloured on a terminal.
 
     An atomic batch is one event, shown whole when one of its members matches. What cannot be read is told on stderr;
     the exit code is 1 when that is more than an unfinished last write.
@@ -30,9 +37,10 @@ def journal(data_dir: str | None, since_seq: int, ops: tuple[str, ...], ids: tup
     history = _read(data_dir)
     for line in history.lines:
         if line.seq >= since_seq and (not (ops or ids) or _matches(orjson.loads(line.payload), ops, ids)):
-            click.echo(line.payload)
+            print_json_line(line.payload)
     # In this order on a terminal as well, where both streams meet.
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
     problems = list(_problems(history))
     for problem in problems:
         click.echo(f"holdfast: {problem}", err=True)

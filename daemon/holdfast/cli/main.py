@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from importlib import import_module
@@ -9,6 +10,7 @@ from typing import NoReturn
 
 import click
 
+from holdfast.cli.show import printable
 from holdfast.errors import DataRefused, DirectoryLocked, HoldfastError, SettingsError
 
 EXIT_OK = 0
@@ -21,12 +23,33 @@ EXIT_INTERRUPTED = 130
 # Each command by the module that holds it: `holdfast status` must not pay for what only `serve` needs.
 _COMMANDS = {
     "serve": "serve",
-    "status": "control",
+    "status": "status",
     "flush": "control",
     "reload": "control",
+    "sessions": "records",
+    "orders": "records",
+    "users": "records",
+    "collections": "records",
+    "stats": "stats",
+    "tail": "tail",
     "journal": "journal",
     "token": "token",
+    "install-service": "install",
+    "openapi": "openapi",
+    "bench": "bench",
+    "completion": "completion",
 }
+
+_SECTIONS = {
+    "The daemon": ("serve", "status", "flush", "reload", "install-service"),
+    "Data": ("sessions", "orders", "users", "collections", "stats"),
+    "What happened": ("tail", "journal"),
+}
+"""How the help groups them; the others follow as tools."""
+
+
+SHORT_HELP_CHARS = 200
+"""A first sentence is shown whole, on two lines if need be."""
 
 
 class _Commands(click.Group):
@@ -38,9 +61,22 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command = getattr(import_module(f"holdfast.cli.{_COMMANDS[cmd_name]}"), cmd_name)
+        command = getattr(import_module(f"holdfast.cli.{_COMMANDS[cmd_name]}"), cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        left = list(_COMMANDS)
+        for title, names in {**_SECTIONS, "Tools": tuple(_COMMANDS)}.items():
+            rows = []
+            for name in names:
+                command = self.get_command(ctx, name) if name in left else None
+                if command is not None:
+                    left.remove(name)
+                    rows.append((name, command.get_short_help_str(limit=SHORT_HELP_CHARS)))
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows, col_max=16)
 
 
 def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -51,7 +87,12 @@ def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
         ctx.exit()
 
 
-@click.command("holdfast", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    "holdfast",
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Each command shows examples: holdfast sessions put --help",
+)
 @click.option(
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show the version."
 )
@@ -64,10 +105,14 @@ def commands() -> None:
 
 def main() -> NoReturn:
     """Run the command line of this process, then exit with a code of the contract's section 4."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What the terminal's encoding does not have is shown escaped; it is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _run()
         # Here and not at interpreter exit, where a failure could no longer be told.
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         _forget_stdout()
         code = EXIT_FAILED
@@ -94,6 +139,11 @@ def _run() -> int:
         return EXIT_INTERRUPTED
     except HoldfastError as error:
         return _told(error.detail, exit_code(error))
+    except OSError:
+        raise  # told by main
+    except Exception as error:
+        # A fault of ours. Where it is goes with it, in the one line that users are promised.
+        return _told(f"a fault of this command: {_placed(error)}; please report it", EXIT_FAILED)
     return code if isinstance(code, int) else EXIT_OK
 
 
@@ -110,12 +160,22 @@ def exit_code(error: HoldfastError) -> int:
             return EXIT_FAILED
 
 
+def _placed(error: Exception) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = "" if trace is None else f" at {os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
+    return f"{type(error).__name__}{place}: {error}"
+
+
 def _told(reason: str, code: int) -> int:
     one_line = " ".join(reason.split())
-    print(f"holdfast: {one_line}", file=sys.stderr)
+    print(f"holdfast: {printable(one_line)}", file=sys.stderr)
     return code
 
 
 def _forget_stdout() -> None:
+    if sys.stdout is None:
+        return
     # Otherwise the interpreter flushes the rest into the same broken stream at exit, with a traceback.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

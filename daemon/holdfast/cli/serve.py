@@ -7,11 +7,17 @@ from pathlib import Path
 
 import click
 
-from holdfast.cli.control import json_option, print_json
+from holdfast.cli.show import examples, json_option, print_json
 from holdfast.settings import LoadedSettings, describe, load
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "holdfast serve",
+        "holdfast serve --config holdfast.toml --data-dir /var/lib/holdfast",
+        "holdfast serve --set sessions.ttl=12h --check",
+    )
+)
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings in TOML.")
 @click.option("--data-dir", metavar="DIR", help="Where all data is.")
 @click.option("--listen", multiple=True, metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT; may be repeated.")

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from holdfast.cli.connection import settings_of
-from holdfast.cli.control import json_option, print_json
+from holdfast.cli.show import Column, examples, json_option, print_json, print_table
 from holdfast.errors import NotFound
 from holdfast.http.auth import FIRST_TOKEN_FILE, TokenStore
 
@@ -29,7 +29,10 @@ def _on_directory(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_directory
 
 
-@click.group(invoke_without_command=True)
+@click.group(
+    invoke_without_command=True,
+    epilog=examples('curl -H "Authorization: Bearer $(cat $(holdfast token))" http://127.0.0.1:8765/v1/sessions'),
+)
 @click.pass_context
 @click.option("--data-dir", metavar="DIR", help="The data directory whose tokens are meant.")
 def token(ctx: click.Context, data_dir: str | None) -> None:
@@ -44,7 +47,7 @@ def token(ctx: click.Context, data_dir: str | None) -> None:
     click.echo(path)
 
 
-@token.command()
+@token.command(epilog=examples("holdfast token new --name reports --read-only"))
 @_on_directory
 @click.option("--name", required=True, help="How you will recognise it in `token list`.")
 @click.option("--read-only", is_flag=True, help="It may read everything, change nothing.")
@@ -53,7 +56,7 @@ def new(directory: Path, name: str, read_only: bool) -> None:
     click.echo(TokenStore(directory).create(name, "read" if read_only else "write"))
 
 
-@token.command("list")
+@token.command("list", epilog=examples("holdfast token list"))
 @_on_directory
 @json_option
 def list_(directory: Path, as_json: bool) -> None:
@@ -61,18 +64,13 @@ def list_(directory: Path, as_json: bool) -> None:
     tokens = TokenStore(directory).list()
     if as_json:
         return print_json([{"name": one.name, "scope": one.scope, "created_at": one.created_at} for one in tokens])
-
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("name", "scope", "created at")
-    for one in tokens:
-        table.add_row(Text(one.name), one.scope, one.created_at)
-    Console(soft_wrap=True).print(table)
+    print_table(
+        [Column("name"), Column("scope"), Column("created at")],
+        ([one.name, one.scope, one.created_at] for one in tokens),
+    )
 
 
-@token.command()
+@token.command(epilog=examples("holdfast token revoke reports"))
 @_on_directory
 @click.argument("name")
 def revoke(directory: Path, name: str) -> None:

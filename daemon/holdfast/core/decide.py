@@ -81,21 +81,31 @@ class Rules(msgspec.Struct, frozen=True):
     reserved_names: dict[str, str] = {}
 
 
-def decide(state: State, op: AnyOp, rules: Rules, seq: int, now_ms: int) -> Event | Answer:
+def decide(state: State, op: AnyOp, rules: Rules, seq: int, now_ms: int, retry: str | None = None) -> Event | Answer:
     """The event that *op* comes to, with *seq* and *now_ms*; or the answer, when nothing is to change.
+
+    Args:
+        retry: which op of which request it is, in the form of ``Retry.of_op``; the op's own idempotency key goes
+            before it.
 
     Raises:
         HoldfastError: refused; the class says why.
     """
     key = op.idempotency_key
-    if key is None:
+    if key is None and retry is None:
         return _DECIDE[type(op)](state, op, rules, seq, now_ms)
-    previous = _previous_answer(state, op, key, now_ms)
+    if key is not None:
+        previous = _previous_answer(state, op, key, now_ms)
+    else:
+        assert retry is not None
+        previous = _retried_answer(state, op, retry)
     if previous is not None:
         return previous
     decided = _DECIDE[type(op)](state, op, rules, seq, now_ms)
-    if isinstance(decided, Event):
+    if type(decided) is Event:
         decided.key = key
+        if key is None:
+            decided.retry = retry
     return decided
 
 
@@ -279,7 +289,7 @@ def _session_lease(state: State, op: SessionLease, rules: Rules, seq: int, now_m
     if lease is not None:
         generation = lease["generation"]
         if op.generation != generation:
-            raise _leased(op.id, lease)
+            raise _leased(op.id, lease, now_ms)
     elif op.generation is not None:
         raise Conflict(f"lease {op.generation} of session {op.id!r} has ended; take a new one without a generation")
     # The seq makes generations grow for ever without anyone remembering the last one of each session.
@@ -293,7 +303,7 @@ def _session_release(state: State, op: SessionRelease, rules: Rules, seq: int, n
     if lease is None:
         return Answer(status=200, seq=seq - 1, id=op.id)
     if lease["generation"] != op.generation:
-        raise _leased(op.id, lease)
+        raise _leased(op.id, lease, now_ms)
     return Event(seq, format_ms(now_ms), "session.release", id=op.id, generation=op.generation)
 
 
@@ -320,14 +330,16 @@ def _check_lease(state: State, id: str, generation: int | None, now_ms: int) -> 
         if generation is not None:
             raise Conflict(f"lease {generation} of session {id!r} has ended; take a new one and read the session again")
     elif lease["generation"] != generation:
-        raise _leased(id, lease)
+        raise _leased(id, lease, now_ms)
 
 
-def _leased(id: str, lease: dict[str, Any]) -> Leased:
+def _leased(id: str, lease: dict[str, Any], now_ms: int) -> Leased:
     owner = f" by {lease['owner']}" if lease["owner"] else ""
-    return Leased(
+    error = Leased(
         f"session {id!r} is leased{owner} until {format_ms(lease['until'])}; wait, or write with its generation"
     )
+    error.ends_in_ms = lease["until"] - now_ms
+    return error
 
 
 # Orders.
@@ -634,6 +646,29 @@ def _previous_answer(state: State, op: AnyOp, key: str, now_ms: int) -> Answer |
         version=kept["version"],
         generation=kept["generation"],
         expires_at=kept["expires_at"],
+    )
+
+
+def _retried_answer(state: State, op: AnyOp, retry: str) -> Answer | None:
+    """The answer that this op of this request got before."""
+    slot, _, number = retry.rpartition("/")
+    line = state.retries.get(slot)
+    if line is None:
+        return None
+    kept = orjson.loads(line)
+    if kept["number"] != int(number):
+        if kept["number"] > int(number):
+            raise Conflict(f"request {number} of this client is older than its last one, {kept['number']}")
+        return None
+    if (kept["op"], kept["target"]) != (type(op).__struct_config__.tag, getattr(op, "id", "")):
+        raise Conflict(f"request {number} of this client was another op, {kept['op']}; number each request anew")
+    return Answer(
+        status=kept["status"],
+        seq=kept["seq"],
+        id=kept["target"],
+        version=kept["version"],
+        generation=kept.get("generation"),
+        expires_at=kept.get("expires_at"),
     )
 
 

@@ -26,14 +26,18 @@ COMPLETED_ORDERS = "completed_orders"
 USERS = "users"
 LEASES = "_leases"
 KEYS = "_keys"
+RETRIES = "_retries"
 COUNTED = "_counted"
 
-BUILT_IN = (SESSIONS, ORDERS, COMPLETED_ORDERS, USERS, LEASES, KEYS, COUNTED)
+BUILT_IN = (SESSIONS, ORDERS, COMPLETED_ORDERS, USERS, LEASES, KEYS, RETRIES, COUNTED)
 """The collections that always exist. Those with an underscore are our own book-keeping, shown by no API: leases;
-answers by idempotency key; deleted orders that are in the sales figures."""
+answers by idempotency key; the last answers of each client; deleted orders that are in the sales figures."""
 
 KEY_TTL_MS = 24 * 3600 * 1000
 """How long a repeated op with the same idempotency key gets the first answer (CONTRACT section 6)."""
+
+RETRY_TTL_MS = 3600 * 1000
+"""How long the answers to a client's last request are kept for its next try."""
 
 _CUSTOM_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _RESERVED = {*BUILT_IN, "chat_sessions", "pending_orders", "sales_stats", "manifest", "tokens", "conversations",
@@ -53,7 +57,8 @@ class State:
         sales: as decided.
         seq: of the last event applied.
         session_ttl_ms: the setting; a session with its own ttl does not use it.
-        session_wheel, lease_wheel, key_wheel: who is to be looked at when.
+        session_wheel, lease_wheel, key_wheel, retry_wheel: who is to be looked at when.
+        on_released: called with the session's id, under the engine's lock, whenever a lease is given back.
     """
 
     def __init__(self, session_ttl_ms: int = 24 * 3600 * 1000) -> None:
@@ -64,6 +69,7 @@ class State:
         self.users = self.collections[USERS]
         self.leases = self.collections[LEASES]
         self.keys = self.collections[KEYS]
+        self.retries = self.collections[RETRIES]
         self.counted = self.collections[COUNTED]
         self.sales = Sales()
         self.sales_changed_seq = 0
@@ -75,6 +81,8 @@ class State:
         self.session_wheel = Wheel()
         self.lease_wheel = Wheel()
         self.key_wheel = Wheel()
+        self.retry_wheel = Wheel()
+        self.on_released: Callable[[str], None] = lambda id: None
 
     def collection(self, name: str) -> Collection:
         """The collection *name*, which comes into being when it is new."""
@@ -159,6 +167,8 @@ def apply(state: State, event: Event, at_ms: int, *, undoable: bool) -> None:
     _APPLY[event.op](state, event, event.seq, at_ms, undoable)
     if event.key is not None:
         _remember_answer(state, event, event.seq, at_ms, undoable)
+    elif event.retry is not None:
+        _remember_retry(state, event, event.seq, at_ms, undoable)
     state.seq = event.seq
 
 
@@ -207,6 +217,7 @@ def _session_leased(state: State, event: Event, seq: int, at_ms: int, undoable: 
 
 def _session_released(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
     state.leases.set(event.id, None, seq, undoable=undoable)
+    state.on_released(event.id)
 
 
 def _order_stored(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
@@ -257,6 +268,8 @@ def _batch_applied(state: State, event: Event, seq: int, at_ms: int, undoable: b
         _APPLY[member.op](state, member, seq, at_ms, undoable)
         if member.key is not None:
             _remember_answer(state, member, seq, at_ms, undoable)
+        elif member.retry is not None:
+            _remember_retry(state, member, seq, at_ms, undoable)
 
 
 def _remember_answer(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
@@ -267,6 +280,19 @@ def _remember_answer(state: State, event: Event, seq: int, at_ms: int, undoable:
     assert event.key is not None
     state.keys.set(event.key, record.join(orjson.dumps(kept), 1), seq, undoable=undoable)
     state.key_wheel.schedule(event.key, at_ms + KEY_TTL_MS)
+
+
+def _remember_retry(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    assert event.retry is not None
+    slot, _, number = event.retry.rpartition("/")
+    answer = answer_of(event, seq)
+    kept = {"id": slot, "number": int(number), "op": event.op, "target": event.id, "at": at_ms}
+    kept |= {"status": answer.status, "seq": seq, "version": answer.version}
+    if answer.generation is not None:
+        kept |= {"generation": answer.generation, "expires_at": answer.expires_at}
+    line = record.join(orjson.dumps(kept), 1)
+    if state.retries.set(slot, line, seq, undoable=undoable) is None:
+        state.retry_wheel.schedule(slot, at_ms + RETRY_TTL_MS)
 
 
 _Applier = Callable[[State, Event, int, int, bool], None]

@@ -173,6 +173,11 @@ class Directory:
             self.remove(name)
         return stale
 
+    def space(self) -> tuple[int, int]:
+        """Bytes that users other than root may still write, and all bytes, of the file system it is on."""
+        found = os.fstatvfs(self._fd)
+        return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+
     def sync(self) -> None:
         """Make creations, renames and removals in it durable."""
         os.fsync(self._fd)

@@ -8,8 +8,10 @@ each event is one line::
 8 hex digits of the CRC-32 of the JSON, a space, the JSON, a newline. The JSON begins with its seq. ``tail -f``
 and ``cut -c10- | jq`` work on it.
 
+Segments that the snapshots hold move to ``kept/``, for readers that come back after a while; a start never looks there.
+
 What it is bad at: a checksum a line costs 9 bytes and some of the speed that a checksum a block would have; text is
-two to three times the size of a binary encoding; finding a seq inside a segment means reading it from its start.
+two to three times the size of a binary encoding; finding a seq inside a segment means halving it a dozen times.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from holdfast.disk.files import FULL_ERRNOS, Directory
 from holdfast.errors import JournalBroken, StorageFull
 
 SEGMENT_NAME = re.compile(r"(\d{20})\.jsonl")
+KEPT = "kept"
+"""The directory, within that of the segments, of those that only readers still want."""
+
 _CHECKSUM_CHARS = 8
 _SEQ = re.compile(rb'\{"seq":(\d{1,19}),')
 
@@ -49,6 +54,12 @@ def segment_name(first_seq: int) -> str:
     return f"{first_seq:020d}.jsonl"
 
 
+def seq_of(payload: bytes) -> int | None:
+    """The seq with which the JSON of an event begins; None when it does not begin so."""
+    match = _SEQ.match(payload)
+    return int(match[1]) if match else None
+
+
 class Journal:
     """The writing end. One thread at a time; it owns the newest segment.
 
@@ -68,6 +79,7 @@ class Journal:
         """
         self._directory = directory
         self._segments = dict(sorted(segments.items()))
+        self._kept: dict[int, int] = {}
         self._broken: str | None = None
         self.written_seq = self.synced_seq = next_seq - 1
         if self._segments and not new_segment:
@@ -77,11 +89,23 @@ class Journal:
             self._fd = self._create(next_seq)
             self._first_seq = next_seq
         self._good_bytes = self._segments.setdefault(self._first_seq, 0)
+        if directory.stat(KEPT) is not None:
+            self._find_kept()
 
     @property
     def size_bytes(self) -> int:
-        """Of all segments together."""
+        """Of all segments together; without those kept, which no flush makes smaller."""
         return sum(list(self._segments.values()))
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the segments kept for readers."""
+        return sum(list(self._kept.values()))
+
+    @property
+    def segment_bytes(self) -> int:
+        """Of the newest segment."""
+        return self._good_bytes
 
     @property
     def segments(self) -> int:
@@ -160,19 +184,59 @@ class Journal:
         self._fd, self._first_seq, self._good_bytes = fd, next_seq, 0
         self._segments[next_seq] = 0
 
-    def prune(self, needed_seq: int) -> int:
-        """Remove the segments that hold only events before *needed_seq*; return how many."""
-        firsts = list(self._segments)
-        removed = 0
-        for first, following in itertools.pairwise(firsts):
-            if following > needed_seq:
+    def retire(self, covered_seq: int, needed_seq: int, keep_bytes: int) -> int:
+        """Take the segments that hold only events up to *covered_seq* out of the journal; return how many.
+
+        Of these, and of those taken out before, the newest are kept for readers: as many as *keep_bytes* allows, and
+        every one that holds an event from *needed_seq* on. The others are removed. One thread at a time.
+        """
+        retiring = [
+            first for first, following in itertools.pairwise(list(self._segments)) if following <= covered_seq + 1
+        ]
+        candidates = self._kept | {first: self._segments[first] for first in retiring}
+        kept: set[int] = set()
+        total, following = 0, next(first for first in self._segments if first not in retiring)
+        for first, size in reversed(candidates.items()):
+            total += size
+            if total > keep_bytes and following <= needed_seq:
                 break
-            self._directory.remove(segment_name(first))
-            del self._segments[first]
-            removed += 1
-        if removed:
-            self._directory.sync()
-        return removed
+            kept.add(first)
+            following = first
+        # From the oldest on, so that what a crash leaves has no hole.
+        stale = [first for first in self._kept if first not in kept]
+        if stale:
+            with self._directory.subdirectory(KEPT) as directory:
+                self._remove(stale, directory, self._kept)
+        self._remove([first for first in retiring if first not in kept], self._directory, self._segments)
+        self._keep([first for first in retiring if first in kept])
+        return len(retiring)
+
+    def _keep(self, firsts: list[int]) -> None:
+        if not firsts:
+            return
+        with self._directory.subdirectory(KEPT) as kept:
+            for first in firsts:
+                self._directory.move(segment_name(first), kept, segment_name(first))
+                self._kept[first] = self._segments.pop(first)
+
+    def _remove(self, firsts: list[int], directory: Directory, sizes: dict[int, int]) -> None:
+        for first in firsts:
+            directory.remove(segment_name(first))
+            del sizes[first]
+        if firsts:
+            directory.sync()
+
+    def _find_kept(self) -> None:
+        with self._directory.subdirectory(KEPT) as kept:
+            for name in kept.names():
+                match, status = SEGMENT_NAME.fullmatch(name), kept.stat(name)
+                if match is None or status is None:
+                    continue
+                if int(match[1]) < self.first_seq:
+                    self._kept[int(match[1])] = status.st_size
+                else:
+                    # Of a history that was given up: its numbers are used again.
+                    kept.remove(name)
 
     def close(self) -> None:
         """Sync what is written, unless broken, and give the descriptors back, the directory's too."""

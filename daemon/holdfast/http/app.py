@@ -28,11 +28,13 @@ from holdfast.http.request import Request
 from holdfast.http.routes import OtherMethod, dispatch
 from holdfast.http.routes.backend import Admin
 from holdfast.http.throttle import Throttle
+from holdfast.measures import HttpMeasures
 from holdfast.settings import Settings
 from holdfast.values import ValueLimits
 
 if TYPE_CHECKING:
     from holdfast.engine import Engine
+    from holdfast.http.metrics import Exposition
 
 SWEEP_S = 0.25
 """How late a deadline may be noticed, and how soon a changed token file."""
@@ -42,7 +44,13 @@ ACCEPT_AT_ONCE = 16
 the descriptors that the disk needs."""
 
 LOG_LINES_MAX = 10
-"""Lines about refused connections in a minute."""
+"""Lines about refused connections in a minute, and about dropped streams."""
+
+FIRST_REQUEST_S = 0.2
+"""What a connection gets at a stop to send its first request."""
+
+STREAM_END_S = 0.5
+"""What streams get at a stop to send what is durable already; their readers resume when we are back."""
 
 BATCH_KEYS_PER_OP = 16
 """Keys of an op's own, beside those of its record."""
@@ -72,13 +80,21 @@ class HttpService:
         readiness: Callable[[], Mapping[str, Any]],
         admin: Admin,
         sockets: list[socket.socket] | None = None,
+        lines_dropped: Callable[[], int] = lambda: 0,
     ) -> None:
-        """Serve on the inherited *sockets* when there are any, else on ``settings.listen``."""
+        """Serve on the inherited *sockets* when there are any, else on ``settings.listen``.
+
+        *lines_dropped*: log lines that could not be written, so far.
+        """
         self._engine = engine
         self.readiness = readiness
         self.admin = admin
         self.is_stopping = False
         self.connections: set[Connection] = set()
+        self._streams: set[Connection] = set()
+        self._streams_over = asyncio.Event()
+        self._streams_over.set()
+        self.measures = HttpMeasures()
         self.date_line = current_date_line()
         self._sockets = sockets
         self._tokens = TokenStore(settings.data_dir)
@@ -88,7 +104,10 @@ class HttpService:
         self._sweeper: asyncio.Task[None] | None = None
         self._in_flight = 0
         self._drained = asyncio.Event()
+        self._lines_dropped = lines_dropped
+        self._exposition: Exposition | None = None
         self._refusals = Throttle(LOG_LINES_MAX, 60.0)
+        self._drops = Throttle(LOG_LINES_MAX, 60.0)
         self.reconfigure(settings)
 
     @property
@@ -106,6 +125,34 @@ class HttpService:
     def listening(self) -> list[str]:
         """Where, as ``unix:PATH`` or ``tcp:HOST:PORT``, with the port the system chose."""
         return [str(listener) for listener in self._listeners]
+
+    @property
+    def open_connections(self) -> int:
+        """How many there are."""
+        return len(self.connections)
+
+    @property
+    def open_streams(self) -> int:
+        """How many of them are event streams."""
+        return len(self._streams)
+
+    @property
+    def connections_max(self) -> int:
+        """How many there may be."""
+        return self._connections_max
+
+    def scrape(self, accept: str) -> Reply:
+        """The metrics, in the form that *accept*, the header, names; blocks for milliseconds, at first for longer.
+
+        Raises:
+            Unavailable: as ``engine``.
+        """
+        if self._exposition is None:
+            from holdfast.http.metrics import Exposition  # see there
+
+            self._exposition = Exposition(self.engine, self, self._lines_dropped)
+        body, content_type = self._exposition.rendered(accept)
+        return Reply(200, body, content_type=content_type)
 
     def attach(self, engine: Engine) -> None:
         """Serve *engine* from now on."""
@@ -156,15 +203,26 @@ class HttpService:
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop_accepting(self) -> None:
-        """Take no new connections; on those that are open, new requests get 503 and are the last."""
+        """Take no new connections; on those that are open, new requests get 503 and are the last. Streams end.
+
+        The first request of a connection is answered all the same: its client could not know, and a moment later
+        systemd would have kept the connection for the next process.
+        """
         self.is_stopping = True
+        for connection in self._streams:
+            connection.end_stream()
+        if self._engine is not None:
+            self._engine.lease_queue.dismiss()
         for server in self._servers:
             server.close()
         for listener in self._listeners:
             listener.remove_file()
 
     async def drain(self) -> None:
-        """Wait until no request is in flight; the caller sets the deadline."""
+        """Wait until no request is in flight, nor likely on its way; the caller sets the deadline."""
+        ends_at = time.monotonic() + FIRST_REQUEST_S
+        while any(connection.is_new for connection in self.connections) and time.monotonic() < ends_at:
+            await asyncio.sleep(FIRST_REQUEST_S / 20)
         while self._in_flight:
             self._drained.clear()
             await self._drained.wait()
@@ -174,6 +232,9 @@ class HttpService:
         await self.stop_accepting()
         for connection in list(self.connections):
             connection.close_when_idle()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STREAM_END_S):
+                await self._streams_over.wait()
         await asyncio.gather(*(connection.cut() for connection in list(self.connections)))
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -187,16 +248,19 @@ class HttpService:
         """The reply to *request*, whatever happens."""
         try:
             self._guard.check(request)
-            if self.is_stopping and request.segments not in OPEN_PATHS:
+            if self.is_stopping and not request.is_first and request.segments not in OPEN_PATHS:
                 raise Unavailable("stopping: the daemon takes no more requests; try again soon")
             reply = await dispatch(self, request)
         except HoldfastError as error:
+            self.measures.problems[error.code] += 1
             reply = problem(error, headers=_allow(error))
         except ConnectionError:
+            self.measures.problems[Unavailable.code] += 1
             reply = problem(Unavailable("the client went away within its request"), is_last=True)
         except Exception as error:
             # Two segments name the route; a third would name a person.
             route = "/" + "/".join(request.segments[:2])
+            self.measures.problems[InternalError.code] += 1
             log.error("request.failed", method=request.method, route=route, exc_info=error)
             reply = problem(InternalError(_internal_detail(error)), is_last=True)
         if len(reply.body) > GZIP_BYTES_MIN:
@@ -206,7 +270,9 @@ class HttpService:
     def has_room(self) -> bool:
         """Whether one more connection is taken."""
         if len(self.connections) < self._connections_max:
+            self.measures.connections += 1
             return True
+        self.measures.connections_refused += 1
         if self._refusals.allows("", time.monotonic()):
             log.warning("connections.refused", open=len(self.connections), limit=self._connections_max)
         return False
@@ -221,10 +287,33 @@ class HttpService:
         if not self._in_flight:
             self._drained.set()
 
+    def stream_began(self, connection: Connection) -> None:
+        """The request in flight on *connection* has become a stream, for which nobody waits."""
+        self._streams.add(connection)
+        self._streams_over.clear()
+        self.ended()
+        if self.is_stopping:
+            connection.end_stream()
+
+    def stream_ended(self, connection: Connection) -> None:
+        """It is a request in flight again, about to be over."""
+        self._streams.discard(connection)
+        if not self._streams:
+            self._streams_over.set()
+        self.began()
+
+    def stream_dropped(self, lag: int) -> None:
+        """A stream is cut off, because its client takes nothing."""
+        self.measures.streams_dropped += 1
+        if self._drops.allows("", time.monotonic()):
+            log.warning("stream.dropped", reason="its reader took nothing for limits.stream_stall", lag=lag)
+
     async def _sweep(self) -> NoReturn:
         loop = asyncio.get_running_loop()
         while True:
+            due = time.monotonic() + SWEEP_S  # the time of a loop may be whole milliseconds
             await asyncio.sleep(SWEEP_S)
+            self.measures.loop_lag.add(max(0.0, time.monotonic() - due))
             self.date_line = current_date_line()
             self._guard.refresh()
             now = loop.time()

@@ -8,17 +8,21 @@ from collections.abc import Awaitable, Mapping
 from typing import Protocol
 
 from aiohttp import web
-from aiohttp.http import HttpVersion10, RawRequestMessage
+from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 
 from holdfast.errors import BadRequest, HoldfastError, RequestTimeout, TooLarge, Unavailable
 from holdfast.http.problem import problem
-from holdfast.http.reply import Reply, current_date_line, render
+from holdfast.http.reply import Reply, Source, Stream, current_date_line, render, render_head
 from holdfast.http.request import Request
+from holdfast.measures import HttpMeasures
 from holdfast.settings import LimitSettings
 
 READ_BUFFER_BYTES = 256 * 1024
+STREAM_BUFFER_BYTES = 256 * 1024
+"""What may wait for a reader of a stream, beside what the system buffers."""
+
 LINGER_S = 2.0
 """How long the rest of a refused request is read away, so that the client sees the reply instead of a reset."""
 
@@ -30,6 +34,7 @@ class Owner(Protocol):
     """What a connection needs of the service it belongs to."""
 
     limits: LimitSettings
+    measures: HttpMeasures
     date_line: str
     is_stopping: bool
     connections: set[Connection]
@@ -46,6 +51,15 @@ class Owner(Protocol):
     def ended(self) -> None:
         """It is answered, or its client gone."""
 
+    def stream_began(self, connection: Connection) -> None:
+        """The request in flight on *connection* has become a stream, for which nobody waits."""
+
+    def stream_ended(self, connection: Connection) -> None:
+        """It is a request in flight again, about to be over."""
+
+    def stream_dropped(self, lag: int) -> None:
+        """A stream is cut off, because its client takes nothing."""
+
 
 class Connection(web.RequestHandler):
     """aiohttp's parser and flow control with a request loop of our own.
@@ -57,10 +71,22 @@ class Connection(web.RequestHandler):
     Attributes:
         deadline: in the loop's time; when it has passed, the owner calls ``expire``.
         is_local: it came by the unix socket.
+        is_new: nothing was answered on it yet.
         peer: the address of the client, empty on the unix socket.
     """
 
-    __slots__ = ("_body", "_head_bytes", "_is_busy", "_is_lingering", "_owner", "deadline", "is_local", "peer")
+    __slots__ = (
+        "_body",
+        "_head_bytes",
+        "_is_busy",
+        "_is_lingering",
+        "_owner",
+        "_source",
+        "deadline",
+        "is_local",
+        "is_new",
+        "peer",
+    )
 
     def __init__(self, owner: Owner, server: web.Server, *, is_local: bool) -> None:
         limits = owner.limits
@@ -79,8 +105,10 @@ class Connection(web.RequestHandler):
         self._is_lingering = False
         self._head_bytes = 0
         self._body: StreamReader = EMPTY_PAYLOAD
+        self._source: Source | None = None
         self.deadline = math.inf
         self.is_local = is_local
+        self.is_new = True
         self.peer = ""
 
     # Called by the event loop.
@@ -99,9 +127,11 @@ class Connection(web.RequestHandler):
             self.force_close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Wake a handler that waits for the rest of its body."""
+        """Wake a handler that waits for the rest of its body, or for more to send."""
         self._owner.connections.discard(self)
         super().connection_lost(exc)
+        if self._source is not None:
+            self._source.close()
         if not self._body.is_eof():
             self._body.set_exception(exc or ConnectionResetError("the client went away within a body"))
 
@@ -131,6 +161,9 @@ class Connection(web.RequestHandler):
         self.deadline = math.inf
         if self._is_lingering:
             self.force_close()
+        elif self._source is not None:
+            self._owner.stream_dropped(self._source.lag)
+            self._abort()
         elif not self._body.is_eof():
             self._body.set_exception(
                 RequestTimeout("the body did not arrive within limits.body_timeout; send it faster")
@@ -147,6 +180,11 @@ class Connection(web.RequestHandler):
         if not self._is_busy and not self._messages:
             self.force_close()
 
+    def end_stream(self) -> None:
+        """Send what there is already, then the end."""
+        if self._source is not None:
+            self._source.end()
+
     async def cut(self) -> None:
         """Give up the request in flight and wait until its loop has ended."""
         task = self._task_handler
@@ -162,6 +200,8 @@ class Connection(web.RequestHandler):
         if transport is None or transport.is_closing():
             return
         transport.write(render(reply, current_date_line(), _CLOSE, has_body=True))
+        self._owner.measures.problems[error.code] += 1
+        self._owner.measures.responses[reply.status] += 1
         self._linger()
 
     # Called by the request.
@@ -234,7 +274,7 @@ class Connection(web.RequestHandler):
                     self._refuse_malformed(message.exc)
                     stays_open = False
             finally:
-                self._is_busy = False
+                self._is_busy = self.is_new = False
                 owner.ended()
             if not stays_open:
                 break
@@ -247,8 +287,19 @@ class Connection(web.RequestHandler):
         owner = self._owner
         if self._head_bytes > owner.limits.header_bytes and _header_bytes(message) > owner.limits.header_bytes:
             reply = problem(self._header_too_large(), status=431, is_last=True)
+            owner.measures.problems[TooLarge.code] += 1
         else:
             reply = await owner.respond(Request(message, self))
+        owner.measures.responses[reply.status] += 1
+        if type(reply) is Stream:
+            try:
+                await self._send_stream(reply, message)
+            except ConnectionError:
+                pass
+            finally:
+                self._source = None
+                reply.source.close()
+            return False
         transport = self.transport
         if transport is None or transport.is_closing():
             return False
@@ -266,6 +317,42 @@ class Connection(web.RequestHandler):
         if not body_is_read:
             self._linger()
         return not is_last
+
+    async def _send_stream(self, reply: Stream, message: RawRequestMessage) -> None:
+        """Send the parts of *reply* as they come; return when it has ended or its client is gone."""
+        owner, transport, source = self._owner, self.transport, reply.source
+        if transport is None or transport.is_closing():
+            return
+        is_chunked = message.version >= HttpVersion11
+        transport.write(render_head(reply, owner.date_line, is_chunked=is_chunked))
+        if message.method == "HEAD":
+            return
+        transport.set_write_buffer_limits(high=STREAM_BUFFER_BYTES)
+        self._source = source
+        owner.stream_began(self)
+        try:
+            while part := await source.next():
+                transport.write(b"%x\r\n%b\r\n" % (len(part), part) if is_chunked else part)
+                await self._taken()
+            # The end counts as taken only when nothing waits behind it.
+            transport.set_write_buffer_limits(high=0)
+            transport.write(b"0\r\n\r\n" if is_chunked else b"")
+            await self._taken()
+        finally:
+            owner.stream_ended(self)
+
+    async def _taken(self) -> None:
+        """Wait while too much of a stream is not taken by its client, which gets ``limits.stream_stall`` for that.
+
+        Raises:
+            ConnectionError: the client is gone.
+        """
+        if self._paused:
+            self.deadline = self._loop.time() + self._owner.limits.stream_stall
+            await self._drain_helper()
+            self.deadline = math.inf
+        if self.transport is None or self.transport.is_closing():
+            raise ConnectionError("the client went away")
 
     def _linger(self) -> None:
         """End our side, and throw away what the client still sends until it ends its own, or LINGER_S have passed."""

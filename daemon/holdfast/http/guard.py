@@ -19,6 +19,13 @@ LOG_LINES_MAX = 10
 """Refusals logged in a minute; a flood of guesses must not fill the log."""
 
 OPEN_PATHS = (["healthz"], ["readyz"])
+_DOCUMENTS = (["docs"], ["openapi.json"])
+_HINT = (
+    "; to read it in a browser, which sends none: `holdfast openapi --html > holdfast.html`, "
+    "or curl --unix-socket DATA_DIR/holdfast.sock http://localhost/docs > holdfast.html"
+)
+"""Whoever comes without a token to read about tokens is told another way in."""
+
 _READING = ("GET", "HEAD", "OPTIONS")
 _LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:]+)(?::[0-9]{1,5})?")
@@ -82,7 +89,8 @@ class Guard:
         if scope is None:
             if not self._failures.allows(request.peer, time.monotonic()):
                 raise TooManyRequests("too many requests without a known token from this address; wait a minute")
-            raise Unauthorized("expected Authorization: Bearer TOKEN with a token of `holdfast token`")
+            hint = _HINT if request.segments in _DOCUMENTS else ""
+            raise Unauthorized(f"expected Authorization: Bearer TOKEN with a token of `holdfast token`{hint}")
         if scope == "read" and request.method not in _READING:
             raise Forbidden("this token may read only; use one made without --read-only")
 

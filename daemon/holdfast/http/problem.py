@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import Any
 
-from holdfast.errors import HoldfastError, TooManyRequests, Unauthorized, Unavailable
+import msgspec
+
+from holdfast.errors import Gone, HoldfastError, TooManyRequests, Unauthorized, Unavailable
 from holdfast.http.reply import Reply, encode_json
 
 PROBLEM_JSON = "application/problem+json"
@@ -21,19 +22,33 @@ _HEADERS: dict[type[HoldfastError], str] = {
 }
 
 
+class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An error: what was expected, what was found, what to do.
+
+    Attributes:
+        type: says nothing that *code* does not.
+        title: the name of the status.
+        code: what a program looks at; stable.
+        detail: what a person reads.
+        index: of the op that was refused, in an atomic batch.
+        oldest_seq: of the events that can still be read, when older ones were asked for.
+    """
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    index: int | None = None
+    oldest_seq: int | None = None
+
+
 def problem(error: HoldfastError, *, status: int | None = None, headers: str = "", is_last: bool = False) -> Reply:
     """The reply that tells *error*; *status* where HTTP has a finer one than the error's own."""
     status = status or error.status
-    body: dict[str, Any] = {
-        "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "code": error.code,
-        "detail": readable(error.detail),
-    }
-    index = getattr(error, "index", None)
-    if index is not None:
-        body["index"] = index
+    body = Problem("about:blank", HTTPStatus(status).phrase, status, error.code, readable(error.detail), error.index)
+    if isinstance(error, Gone):
+        body = msgspec.structs.replace(body, oldest_seq=error.oldest_seq)
     for kind, lines in _HEADERS.items():
         if isinstance(error, kind):
             headers += lines

@@ -6,9 +6,11 @@ import asyncio
 import zlib
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
+
+from holdfast import __version__
 
 JSON = "application/json"
 GZIP_BYTES_MIN = 1024
@@ -41,14 +43,37 @@ class Reply(msgspec.Struct, frozen=True):
     is_last: bool = False
 
 
+class Source(Protocol):
+    """Where the body of a stream comes from, part by part."""
+
+    @property
+    def lag(self) -> int:
+        """How much is waiting to be read, in its own units; for the log."""
+
+    async def next(self) -> bytes:
+        """The next part, when there is one; empty at the end."""
+
+    def end(self) -> None:
+        """Let it give what there is already, then the end."""
+
+    def close(self) -> None:
+        """Give everything back, ``next`` returns at once; may be called twice."""
+
+
+class Stream(Reply, frozen=True, kw_only=True):
+    """An answer whose body comes as it happens. The connection takes the source over, and closes it."""
+
+    source: Source
+
+
 def json_reply(value: Any, status: int = 200) -> Reply:
     """*value* as JSON."""
     return Reply(status, encode_json(value))
 
 
 def current_date_line() -> str:
-    """The ``Date`` header of now; good for a second."""
-    return f"Date: {formatdate(usegmt=True)}\r\n"
+    """The headers ``Date`` of now, good for a second, and ``Server``, by which a client of another version says so."""
+    return f"Server: holdfast/{__version__}\r\nDate: {formatdate(usegmt=True)}\r\n"
 
 
 def render(reply: Reply, date_line: str, connection_line: str, *, has_body: bool) -> bytes:
@@ -60,6 +85,15 @@ def render(reply: Reply, date_line: str, connection_line: str, *, has_body: bool
         f"{reply.headers}{date_line}{connection_line}\r\n"
     ).encode("latin-1")
     return head + reply.body if has_body else head
+
+
+def render_head(reply: Stream, date_line: str, *, is_chunked: bool) -> bytes:
+    """The beginning of a stream, which is the last answer on its connection; without chunks the end closes it."""
+    framing = "Transfer-Encoding: chunked\r\n" if is_chunked else ""
+    return (
+        f"{_STATUS_LINES[reply.status]}Content-Type: {reply.content_type}\r\n{framing}"
+        f"{reply.headers}{date_line}Connection: close\r\n\r\n"
+    ).encode("latin-1")
 
 
 async def compressed(reply: Reply, accept_encoding: str) -> Reply:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 from aiohttp.http import RawRequestMessage
@@ -13,11 +13,12 @@ from holdfast.http.problem import readable
 
 if TYPE_CHECKING:
     from holdfast.http.connection import Connection
+    from holdfast.http.routes.route import Route
 
 QUERY_FIELDS_MAX = 32
 
 _JSON_TYPES = frozenset(("application/json", "application/json; charset=utf-8"))
-_PATCH_TYPE = "application/merge-patch+json"
+PATCH_TYPE = "application/merge-patch+json"
 
 
 class Request:
@@ -26,9 +27,12 @@ class Request:
     Attributes:
         method: upper case, as sent.
         segments: the path between its slashes, still percent-encoded; ``("v1", "sessions", "57300")``.
+        route: the one that was chosen for it; not there before.
     """
 
-    __slots__ = ("_connection", "headers", "method", "query_text", "segments")
+    __slots__ = ("_connection", "headers", "method", "query_text", "route", "segments")
+
+    route: Route[Any]
 
     def __init__(self, message: RawRequestMessage, connection: Connection) -> None:
         self.method: str = message.method
@@ -47,34 +51,66 @@ class Request:
         return self._connection.is_local
 
     @property
+    def is_first(self) -> bool:
+        """Of its connection."""
+        return self._connection.is_new
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the client has hung up, so that nobody reads the reply."""
+        transport = self._connection.transport
+        return transport is None or transport.is_closing()
+
+    @property
     def peer(self) -> str:
         """The address it came from; empty on the unix socket."""
         return self._connection.peer
 
-    def query(self, *known: str) -> dict[str, str]:
+    def query(self) -> dict[str, str]:
         """The query parameters by name.
 
         Raises:
-            BadRequest: one that is not in *known*, one that is given twice, or bytes that are not UTF-8.
+            BadRequest: one that its route does not declare, one that is given twice, or bytes that are not UTF-8.
         """
         if not self.query_text:
             return {}
+        pairs = self._query_pairs(self.query_text)
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise BadRequest("a query parameter is given twice; send each at most once")
+        return values
+
+    def query_lists(self) -> dict[str, list[str]]:
+        """The query parameters by name, each with all its values: repeated, or with commas between them.
+
+        A comma that is percent-encoded is part of a value.
+
+        Raises:
+            BadRequest: one that its route does not declare, or bytes that are not UTF-8.
+        """
+        values: dict[str, list[str]] = {}
+        for pair in filter(None, self.query_text.split("&")):
+            name, _, text = pair.partition("=")
+            for part in text.split(","):
+                for known, value in self._query_pairs(f"{name}={part}"):
+                    values.setdefault(known, []).append(value)
+        return values
+
+    def _query_pairs(self, query_text: str) -> list[tuple[str, str]]:
         try:
-            text = self.query_text.encode("utf-8", "surrogateescape").decode("utf-8")
+            text = query_text.encode("utf-8", "surrogateescape").decode("utf-8")
             pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=QUERY_FIELDS_MAX)
         except ValueError:
             raise BadRequest(
                 f"expected a query of at most {QUERY_FIELDS_MAX} parameters in percent-encoded UTF-8, found another"
             ) from None
-        values = dict(pairs)
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise BadRequest(
-                f"unknown query parameter {readable(unknown[0])[:64]!r}; this path takes {', '.join(known) or 'none'}"
-            )
-        if len(values) != len(pairs):
-            raise BadRequest("a query parameter is given twice; send each at most once")
-        return values
+        known = [field.name for field in self.route.query]
+        for name, _ in pairs:
+            if name not in known:
+                raise BadRequest(
+                    f"unknown query parameter {readable(name)[:64]!r}; this path takes {', '.join(known) or 'none'}"
+                )
+        return pairs
 
     async def body(self) -> bytes:
         """The whole body, which must be JSON by its Content-Type when it has one.
@@ -99,7 +135,7 @@ class Request:
         media_type, _, parameters = content_type.lower().partition(";")
         charset = parameters.strip().removeprefix("charset=").strip('"')
         is_json = media_type.strip() == "application/json" or (
-            media_type.strip() == _PATCH_TYPE and self.method == "PATCH"
+            media_type.strip() == PATCH_TYPE and self.method == "PATCH"
         )
         if not is_json or charset not in ("", "utf-8"):
             raise UnsupportedMediaType(

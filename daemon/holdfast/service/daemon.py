@@ -19,8 +19,8 @@ import structlog
 from holdfast import __version__
 from holdfast.engine import Engine
 from holdfast.errors import DataRefused, DirectoryLocked, HoldfastError, SettingsError, Unavailable
-from holdfast.flush import FlushReport
 from holdfast.http.app import HttpService
+from holdfast.ops import FlushReport
 from holdfast.recovery import open_engine
 from holdfast.service.logging import Log, secure_standard_descriptors
 from holdfast.service.shutdown import FinalStep, ShutdownManager
@@ -186,7 +186,14 @@ class _Daemon:
         # The final flush, then the journal closed and the lock released, whatever the flush said.
         self._shutdown.final_steps.append(FinalStep("engine", engine.close))
         self._flusher = FlushQueue(engine)
-        http = HttpService(engine, self._settings, readiness=self.readiness, admin=self, sockets=self._sockets or None)
+        http = HttpService(
+            engine,
+            self._settings,
+            readiness=self.readiness,
+            admin=self,
+            sockets=self._sockets or None,
+            lines_dropped=lambda: self._log_output.lines_dropped,
+        )
         self._flush_interval = Interval("flush", self._settings.flush_every, self._flush_regularly)
         supervisor = Supervisor()
         # Started from first to last, stopped from last to first.

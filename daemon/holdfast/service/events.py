@@ -87,11 +87,13 @@ EVENTS: dict[str, Event] = {
     "journal.sync_slow": Event("the disk took long to sync; told at most every 30 s", ("duration_ms",)),
     "journal.disk_filled": Event("the disk is full: writes are refused, reads go on", ("action",)),
     "journal.writes_resumed": Event("there is room again, writes are taken again"),
+    "journal.keep_failed": Event("history that only readers want could not be removed", ("reason",)),
     "journal.failed": Event("a fault of ours in the journal thread; the process ends", ("exception",)),
     "clock.jumped": Event("the wall clock ran ahead of the monotonic one; expiry does not believe it", ("ahead_ms",)),
     # Requests.
     "request.failed": Event("a fault of ours; the client got 500", ("method", "route", "exception")),
     "request.refused": Event("a request without a good token, or by a forbidden way", ("code", "peer", "reason")),
+    "stream.dropped": Event("a reader of the event stream was too slow; so many events behind", ("reason", "lag")),
     "connections.refused": Event("more connections than limits.connections", ("open", "limit")),
     "tokens.reload_failed": Event("a token file cannot be used; the tokens stay as they were", ("reason",)),
     # Services.

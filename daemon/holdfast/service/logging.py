@@ -46,6 +46,9 @@ CAUSES_MAX = 5
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50, "exception": 40}
 
+PRIORITIES = {"debug": b"<7>", "info": b"<6>", "warning": b"<4>", "error": b"<3>", "critical": b"<2>"}
+"""How journald learns the level: it takes the prefix off, see sd-daemon(3). Thus ``journalctl -p err`` works."""
+
 FREE_TEXT = frozenset({"reason", "error", "message", "exception"})
 """Allowed fields whose text was put together elsewhere: phones and tokens inside are masked."""
 
@@ -60,6 +63,9 @@ class LineWriter:
     ``put`` never blocks and never raises, whatever the reader does: lines beyond LINES_MAX are dropped, counted, and
     reported by *report_dropped* as soon as a write succeeds again. The thread is a daemon: a reader
     that never comes back does not keep the process.
+
+    Attributes:
+        dropped_total: lines that were dropped so far.
     """
 
     def __init__(self, fd: int, report_dropped: Callable[[int], bytes]) -> None:
@@ -67,6 +73,7 @@ class LineWriter:
         self._report_dropped = report_dropped
         # SimpleQueue, because its put may be interrupted by a signal or a finaliser that logs in turn.
         self._queue: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
+        self.dropped_total = 0
         self._dropped = 0
         self._drop_lock = threading.RLock()
         self._is_closed = False
@@ -94,6 +101,7 @@ class LineWriter:
     def _drop(self, count: int) -> None:
         with self._drop_lock:
             self._dropped += count
+            self.dropped_total += count
 
     def _run(self) -> NoReturn:
         while True:
@@ -126,7 +134,9 @@ class LineWriter:
         with self._drop_lock:
             dropped, self._dropped = self._dropped, 0
         if dropped and not self._write_all(self._report_dropped(dropped)):
-            self._drop(dropped)
+            with self._drop_lock:
+                # These are in the total already.
+                self._dropped += dropped
 
     def _write_all(self, chunk: bytes) -> bool:
         rest = memoryview(chunk)
@@ -149,6 +159,7 @@ class Log:
 
     def __init__(self, settings: LogSettings, *, fd: int = 1) -> None:
         self.is_terminal = os.isatty(fd)
+        self._is_journal = _is_journal(fd)
         self._console: structlog.dev.ConsoleRenderer | None = None
         if settings.format == "console" or (settings.format == "auto" and self.is_terminal):
             self._console = structlog.dev.ConsoleRenderer(colors=self.is_terminal)
@@ -191,13 +202,19 @@ class Log:
         """Wait until everything logged so far is written, at most *deadline_s*; with *close* nothing more is."""
         return self._writer.drain(deadline_s, close=close)
 
+    @property
+    def lines_dropped(self) -> int:
+        """How many could not be written, so far."""
+        return self._writer.dropped_total
+
     def render(self, level: str, event: Mapping[str, Any]) -> bytes:
-        """One line, newline included, at most LINE_BYTES_MAX long. Never raises."""
+        """One line, newline included, at most LINE_BYTES_MAX long after its priority. Never raises."""
+        priority = PRIORITIES.get(level, b"") if self._is_journal else b""
         try:
-            return self._rendered(level, event)
+            return priority + self._rendered(level, event)
         except Exception as error:
             reason = f"{type(error).__name__} while rendering {str(event.get('event'))[:100]!a}"
-            return orjson.dumps({"level": "error", "event": "log.line_failed", "reason": reason}) + b"\n"
+            return priority + orjson.dumps({"level": "error", "event": "log.line_failed", "reason": reason}) + b"\n"
 
     def _process(self, _logger: object, method: str, event: MutableMapping[str, Any]) -> NoReturn:
         self.emit("error" if method == "exception" else method, event)
@@ -253,6 +270,15 @@ class _LibraryHandler(logging.Handler):
                 message = record.getMessage()
         event = {"event": "library.logged", "logger": record.name, "message": message, "exc_info": record.exc_info}
         self._log.emit(level, event)
+
+
+def _is_journal(fd: int) -> bool:
+    """Whether *fd* leads to journald, which says in JOURNAL_STREAM what it gave us."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def secure_standard_descriptors() -> None:

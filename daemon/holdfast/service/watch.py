@@ -19,7 +19,7 @@ SETTLE_S = 0.3
 POLL_S = 0.5
 """Between two looks at the directory where the system refuses to tell about changes."""
 
-CHECK_S = 2.0
+CHECK_S = 0.5
 """Between two looks of our own, which notice what no event tells: a directory made anew, a link pointed elsewhere."""
 
 Signature = tuple[tuple[int, ...] | None, ...]

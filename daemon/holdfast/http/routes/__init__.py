@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any
 
 from holdfast.core.state import is_custom_name
 from holdfast.errors import InvalidRecord, MethodNotAllowed, NotFound
 from holdfast.http.reply import Reply
 from holdfast.http.request import Request, decoded_segment
-from holdfast.http.routes import batch, records, status
+from holdfast.http.routes import batch, document, events, metrics, records, status
 from holdfast.http.routes.backend import Backend
-from holdfast.http.routes.records import Place
+from holdfast.http.routes.records import Paths, Place
+from holdfast.http.routes.route import H, Methods, Route
 
 Handler = Callable[[Backend, Request], Awaitable[Reply]]
-RecordHandler = Callable[[Backend, Request, Place], Awaitable[Reply]]
-H = TypeVar("H", Handler, RecordHandler)
 
 
 class OtherMethod(MethodNotAllowed):
@@ -30,32 +29,20 @@ class OtherMethod(MethodNotAllowed):
         self.allowed = allowed
 
 
-_FIXED: dict[tuple[str, ...], dict[str, Handler]] = {
+_FIXED: Mapping[tuple[str, ...], Methods[Handler]] = {
     ("",): {"GET": status.index},
     ("healthz",): {"GET": status.healthz},
     ("readyz",): {"GET": status.readyz},
+    ("metrics",): {"GET": metrics.metrics},
+    ("openapi.json",): {"GET": document.openapi},
+    ("docs",): {"GET": document.docs},
     ("v1", "batch"): {"POST": batch.batch},
     ("v1", "collections"): {"GET": records.names},
+    ("v1", "events"): {"GET": events.events},
     ("v1", "stats", "sales"): {"GET": status.sales},
     ("v1", "admin", "status"): {"GET": status.report},
     ("v1", "admin", "flush"): {"POST": status.flush},
     ("v1", "admin", "reload"): {"POST": status.reload},
-}
-
-_LIST: dict[str, RecordHandler] = {"GET": records.page}
-_RECORD: dict[str, RecordHandler] = {
-    "GET": records.get,
-    "PUT": records.put,
-    "PATCH": records.patch,
-    "DELETE": records.delete,
-}
-_ACTIONS: dict[str, dict[str, dict[str, RecordHandler]]] = {
-    "sessions": {
-        "touch": {"POST": records.touch},
-        "lease": {"POST": records.lease, "DELETE": records.release},
-        "release": {"POST": records.release},
-    },
-    "orders": {"complete": {"POST": records.complete}, "cancel": {"POST": records.cancel}},
 }
 
 
@@ -69,9 +56,9 @@ def dispatch(backend: Backend, request: Request) -> Awaitable[Reply]:
     """
     segments = request.segments
     if len(segments) > 2 and segments[0] == "v1":
-        kind = records.KINDS.get(segments[1])
-        if kind is not None:
-            return _of_record(backend, request, kind, segments[1], segments[2:])
+        paths = records.PATHS.get(segments[1])
+        if paths is not None:
+            return _of_record(backend, request, paths, segments[1], segments[2:])
         if segments[1] == "collections":
             name = decoded_segment(segments[2])
             if not is_custom_name(name):
@@ -79,34 +66,49 @@ def dispatch(backend: Backend, request: Request) -> Awaitable[Reply]:
                     f"a collection's name is 1 to 64 of a-z, 0-9, _ and -, starting with a letter, "
                     f"and not one that Holdfast uses itself; found {name!a:.80}"
                 )
-            return _of_record(backend, request, records.CUSTOM, name, segments[3:])
-    elif len(segments) == 2 and segments[0] == "v1" and segments[1] in records.KINDS:
-        return _of_record(backend, request, records.KINDS[segments[1]], segments[1], [])
+            return _of_record(backend, request, records.CUSTOM_PATHS, name, segments[3:])
+    elif len(segments) == 2 and segments[0] == "v1" and segments[1] in records.PATHS:
+        return _of_record(backend, request, records.PATHS[segments[1]], segments[1], [])
     methods = _FIXED.get(tuple(segments))
     if methods is None:
         raise _no_path()
-    return _chosen(methods, request.method)(backend, request)
+    return _chosen(methods, request).handler(backend, request)
 
 
-def _of_record(
-    backend: Backend, request: Request, kind: records.Kind, collection: str, rest: list[str]
-) -> Awaitable[Reply]:
+def declared() -> Iterator[tuple[str, str, Route[Any]]]:
+    """Every route there is: its path, with ``{id}`` and ``{name}`` where those stand, its method, its declaration."""
+    found: list[tuple[str, Methods[Any]]] = []
+    prefixes = {f"/v1/{name}": paths for name, paths in records.PATHS.items()}
+    prefixes["/v1/collections/{name}"] = records.CUSTOM_PATHS
+    for prefix, paths in prefixes.items():
+        found += [(prefix, paths.collection), (f"{prefix}/{{id}}", paths.record)]
+        found += [(f"{prefix}/{{id}}/{action}", methods) for action, methods in paths.actions.items()]
+    found += [("/" + "/".join(path), methods) for path, methods in _FIXED.items()]
+    for path, methods in found:
+        for method, route in methods.items():
+            yield path, method, route
+
+
+def _of_record(backend: Backend, request: Request, paths: Paths, collection: str, rest: list[str]) -> Awaitable[Reply]:
+    methods: Methods[records.RecordHandler]
     if not rest:
-        methods, id = _LIST, ""
+        methods, id = paths.collection, ""
     else:
         id = decoded_segment(rest[0])
-        methods = _RECORD if len(rest) == 1 else _ACTIONS.get(collection, {}).get(rest[1], {}) if len(rest) == 2 else {}
+        methods = paths.record if len(rest) == 1 else paths.actions.get(rest[1], {}) if len(rest) == 2 else {}
     if not methods or (rest and not id):
         raise _no_path()
-    return _chosen(methods, request.method)(backend, request, Place(kind, collection, id))
+    return _chosen(methods, request).handler(backend, request, Place(paths.kind, collection, id))
 
 
-def _chosen(methods: dict[str, H], method: str) -> H:
-    handler = methods.get("GET" if method == "HEAD" else method)
-    if handler is None:
+def _chosen(methods: Methods[H], request: Request) -> Route[H]:
+    method = request.method
+    route = methods.get("GET" if method == "HEAD" else method)
+    if route is None:
         names = [*methods, "HEAD"] if "GET" in methods else list(methods)
         raise OtherMethod(names, method)
-    return handler
+    request.route = route
+    return route
 
 
 def _no_path() -> NotFound:

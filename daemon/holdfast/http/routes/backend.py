@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from datetime import tzinfo
 from typing import TYPE_CHECKING, Any, Protocol
 
+from holdfast.http.reply import Reply
 from holdfast.settings import Settings
 from holdfast.values import ValueLimits
 
 if TYPE_CHECKING:
     from holdfast.engine import Engine
-    from holdfast.flush import FlushReport
+    from holdfast.ops import FlushReport
 
 
 class Admin(Protocol):
@@ -49,6 +50,17 @@ class Backend(Protocol):
     @property
     def engine(self) -> Engine:
         """The engine; raises Unavailable while it is loading."""
+
+    @property
+    def listening(self) -> list[str]:
+        """Where, as ``unix:PATH`` or ``tcp:HOST:PORT``."""
+
+    @property
+    def open_streams(self) -> int:
+        """How many event streams there are."""
+
+    def scrape(self, accept: str) -> Reply:
+        """The metrics, in the form that *accept*, the header, names; blocks."""
 
     def readiness(self) -> Mapping[str, Any]:
         """``state``, and the ``reasons`` when it is degraded."""

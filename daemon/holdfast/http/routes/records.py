@@ -3,18 +3,55 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Mapping
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
-from holdfast.clock import parse_ms
-from holdfast.errors import BadRequest, NotFound, VersionMismatch
+from holdfast.errors import (
+    BadRequest,
+    Conflict,
+    HoldfastError,
+    InvalidJson,
+    InvalidRecord,
+    Leased,
+    NotFound,
+    StorageFull,
+    TooLarge,
+    UnsupportedMediaType,
+    VersionMismatch,
+)
 from holdfast.http.reply import Reply, encode_json, json_reply
 from holdfast.http.request import Request
+from holdfast.http.routes import answers
 from holdfast.http.routes.backend import Backend
+from holdfast.http.routes.fields import (
+    CONDITIONAL,
+    CURSOR,
+    DURABILITY_QUERY,
+    ETAG,
+    GENERATION,
+    LEASE,
+    LEASE_QUERY,
+    LIMIT,
+    SEEN,
+    SINCE,
+    STATE,
+    TTL,
+    WRITE,
+    add_conditions,
+    durability,
+    has_seen,
+    idempotency_key,
+    integer,
+    limit,
+    retry_of,
+    since_ms,
+)
+from holdfast.http.routes.route import Body, Field, Methods, Outcome, route, text_of
+from holdfast.leases import LEASE_WAIT_MAX_S, take_lease_async
 from holdfast.ops import (
-    ANY_VERSION,
     Answer,
     AnyOp,
     OrderCancel,
@@ -36,19 +73,26 @@ from holdfast.ops import (
     UserPatch,
     UserPut,
 )
+from holdfast.settings import parse_duration
 from holdfast.values import decode_object, decode_typed
 
 if TYPE_CHECKING:
-    from holdfast.pages import Page
-
-PAGE_DEFAULT = 100
-INTEGER_DIGITS_MAX = 18
-"""Of versions and generations; more is no number of ours, and Python's own limit is never met."""
-
-CallDurability = Literal["always", "everysec"]
-_DURABILITIES = get_args(CallDurability)
+    from holdfast.ops import Page
 
 B = TypeVar("B", bound="_Body")
+
+
+class Example(NamedTuple):
+    """A record of one kind, as the document shows it.
+
+    Attributes:
+        key: what is added to *value* when it is stored.
+    """
+
+    id: str
+    key: dict[str, Any]
+    value: dict[str, Any]
+    patch: dict[str, Any]
 
 
 class Kind(NamedTuple):
@@ -58,9 +102,9 @@ class Kind(NamedTuple):
     put: type[Any]
     patch: type[Any]
     delete: type[Any]
-    list_query: tuple[str, ...] = ("limit", "cursor", "since")
-    write_query: tuple[str, ...] = ("durability",)
-    delete_query: tuple[str, ...] = ("durability",)
+    example: Example
+    list_query: tuple[Field, ...] = (LIMIT, CURSOR, SINCE)
+    takes_lease: bool = False
 
 
 KINDS = {
@@ -69,14 +113,39 @@ KINDS = {
         SessionPut,
         SessionPatch,
         SessionDelete,
-        ("limit", "cursor", "since", "state"),
-        ("ttl", "lease", "durability"),
-        ("lease", "durability"),
+        Example(
+            "573001234567",
+            {"recipientPhone": "573001234567"},
+            {"currentState": "catalog", "lastActivity": "2026-11-21T06:00:00.000Z"},
+            {"currentState": "awaiting_payment"},
+        ),
+        list_query=(LIMIT, CURSOR, SINCE, STATE),
+        takes_lease=True,
     ),
-    "orders": Kind("order", OrderPut, OrderPatch, OrderDelete, ("limit", "cursor", "since", "state")),
-    "users": Kind("user", UserPut, UserPatch, UserDelete),
+    "orders": Kind(
+        "order",
+        OrderPut,
+        OrderPatch,
+        OrderDelete,
+        Example(
+            "1001",
+            {"odooOrderId": 1001},
+            {"recipientPhone": "573001234567", "productType": "music"},
+            {"capacity": "64GB"},
+        ),
+        list_query=(LIMIT, CURSOR, SINCE, STATE),
+    ),
+    "users": Kind(
+        "user",
+        UserPut,
+        UserPatch,
+        UserDelete,
+        Example("ana", {"user_id": "ana"}, {"name": "Ana"}, {"city": "Medellín"}),
+    ),
 }
-CUSTOM = Kind("record", RecordPut, RecordPatch, RecordDelete)
+CUSTOM = Kind(
+    "record", RecordPut, RecordPatch, RecordDelete, Example("n1", {"id": "n1"}, {"text": "hello"}, {"read": True})
+)
 
 
 class Place(NamedTuple):
@@ -91,26 +160,73 @@ class Place(NamedTuple):
         return {"id": self.id, "collection": self.collection} if self.kind is CUSTOM else {"id": self.id}
 
 
+RecordHandler = Callable[[Backend, Request, Place], Awaitable[Reply]]
+
+
 class _Body(msgspec.Struct, forbid_unknown_fields=True):
     pass
 
 
-class _LeaseBody(_Body, forbid_unknown_fields=True):
+class TouchBody(_Body, forbid_unknown_fields=True):
+    """Nothing, or an empty object."""
+
+
+class LeaseBody(_Body, forbid_unknown_fields=True):
+    """What kind of lease is wanted; all of it may be left out.
+
+    Attributes:
+        ttl: when it ends unless it is renewed.
+        owner: who wants it, for people who look.
+        generation: of the lease that is to be renewed; without it a new one is taken.
+        wait: how long to stand in line while another holds it; then 423.
+    """
+
     ttl: Seconds = 30
     owner: str | None = None
     generation: int | None = None
+    wait: Seconds = 0
 
 
-class _ReleaseBody(_Body, forbid_unknown_fields=True):
+class ReleaseBody(_Body, forbid_unknown_fields=True):
+    """Which lease is over.
+
+    Attributes:
+        generation: as it was granted.
+    """
+
     generation: int | None = None
 
 
-class _CompleteBody(_Body, forbid_unknown_fields=True):
+class CompleteBody(_Body, forbid_unknown_fields=True):
+    """What the order brought.
+
+    Attributes:
+        revenue: counted once, however often this is repeated.
+    """
+
     revenue: Decimal | None = None
 
 
-class _CancelBody(_Body, forbid_unknown_fields=True):
+class CancelBody(_Body, forbid_unknown_fields=True):
+    """Why.
+
+    Attributes:
+        reason: kept with the order.
+    """
+
     reason: str | None = None
+
+
+_BODY_ERRORS = (InvalidJson, TooLarge, UnsupportedMediaType)
+_PUT_ERRORS = (Conflict, VersionMismatch, InvalidRecord, StorageFull)
+_CHANGE_ERRORS = (NotFound, *_PUT_ERRORS)
+_LEASE_ERRORS = (*_BODY_ERRORS, Conflict, InvalidRecord, Leased, StorageFull)
+
+
+def _written(
+    about: str = "It is done.", *, id: str = "1001", status: int = 200, version: int = 2, seq: int = 2
+) -> Outcome:
+    return Outcome(status, about, answers.Written, {"id": id, "version": version, "seq": seq})
 
 
 # Reading.
@@ -123,34 +239,36 @@ async def get(backend: Backend, request: Request, place: Place) -> Reply:
     if record is None:
         raise NotFound(f"no {place.kind.noun} {place.id!r:.80}")
     tag = f'"{record.version}"'
-    seen = request.headers.get("If-None-Match")
-    if seen is not None and (seen.strip() == "*" or tag in [_strong(one) for one in seen.split(",")]):
+    if has_seen(request, tag):
         return Reply(304, headers=f"ETag: {tag}\r\n")
     return Reply(200, record.value, f"ETag: {tag}\r\n")
 
 
 async def page(backend: Backend, request: Request, place: Place) -> Reply:
     """One page of a collection."""
-    query = request.query(*place.kind.list_query)
-    since = query.get("since")
+    query = request.query()
     # In a thread: a filter that few records pass may look at all of them.
     found = await asyncio.to_thread(
         backend.engine.page,
         place.collection,
-        limit=_limit(query.get("limit"), backend.settings.limits.page),
+        limit=limit(query, backend.settings.limits.page),
         cursor=query.get("cursor"),
-        since_ms=None if since is None else _moment(since, backend),
+        since_ms=since_ms(query, backend),
         state=query.get("state"),
     )
     return Reply(200, _encode_page(found))
 
 
+@route(
+    Outcome(200, "Their names.", answers.Collections, {"items": [{"name": "notes", "count": 1}], "next": None}),
+    name="collection_list",
+)
 async def names(backend: Backend, request: Request) -> Reply:
     """The custom collections that exist."""
     request.query()
     engine = backend.engine
-    items = [{"name": name, "count": engine.count(name)} for name in engine.collection_names()]
-    return json_reply({"items": items, "next": None})
+    items = [answers.CollectionCount(name, engine.count(name)) for name in engine.collection_names()]
+    return json_reply(answers.Collections(items))
 
 
 # Writing.
@@ -158,75 +276,147 @@ async def names(backend: Backend, request: Request) -> Reply:
 
 async def put(backend: Backend, request: Request, place: Place) -> Reply:
     """Store a whole record."""
-    query = request.query(*place.kind.write_query)
+    query = request.query()
     value = decode_object(await request.body(), backend.record_limits)
     return await _commit(backend, request, query, place.kind.put(value=value, **_op_fields(request, query, place)))
 
 
 async def patch(backend: Backend, request: Request, place: Place) -> Reply:
     """Merge a patch into a record (RFC 7396)."""
-    query = request.query(*place.kind.write_query)
+    query = request.query()
     value = decode_object(await request.body(), backend.record_limits)
     return await _commit(backend, request, query, place.kind.patch(value=value, **_op_fields(request, query, place)))
 
 
 async def delete(backend: Backend, request: Request, place: Place) -> Reply:
     """Remove a record."""
-    query = request.query(*place.kind.delete_query)
+    query = request.query()
     return await _commit(backend, request, query, place.kind.delete(**_op_fields(request, query, place)))
 
 
+@route(
+    _written(id="573001234567"),
+    name="session_touch",
+    query=(TTL, LEASE_QUERY, DURABILITY_QUERY),
+    headers=(*CONDITIONAL, LEASE),
+    body=Body(TouchBody, {}, is_required=False),
+    errors=(*_BODY_ERRORS, *_CHANGE_ERRORS, Leased),
+)
 async def touch(backend: Backend, request: Request, place: Place) -> Reply:
     """Set a session's last activity to now."""
-    query = request.query("ttl", "lease", "durability")
-    await _body(backend, request, _Body)
+    query = request.query()
+    await _body(backend, request, TouchBody)
     return await _commit(backend, request, query, SessionTouch(**_op_fields(request, query, place)))
 
 
+@route(
+    Outcome(
+        200,
+        "The lease is the caller's.",
+        answers.Granted,
+        {"id": "573001234567", "version": 0, "seq": 2, "generation": 2, "expires_at": "2026-11-21T06:00:30.000Z"},
+    ),
+    name="session_lease",
+    query=(DURABILITY_QUERY,),
+    headers=WRITE,
+    body=Body(LeaseBody, {"ttl": "30s", "owner": "worker-1"}, is_required=False),
+    errors=_LEASE_ERRORS,
+)
 async def lease(backend: Backend, request: Request, place: Place) -> Reply:
-    """Take or renew the lease of a session."""
-    query = request.query("durability")
-    body = await _body(backend, request, _LeaseBody)
+    """Take or renew the lease of a session; with ``wait``, stand in line for it for so long."""
+    query = request.query()
+    body = await _body(backend, request, LeaseBody)
     op = SessionLease(
         id=place.id,
         ttl=body.ttl,
         owner=body.owner,
         generation=body.generation,
-        idempotency_key=_idempotency_key(request),
+        idempotency_key=idempotency_key(request),
     )
+    answer = await take_lease_async(
+        backend.engine,
+        op,
+        _wait_s(body.wait),
+        durability=durability(request, query),
+        retry=retry_of(request),
+        is_wanted=lambda: not request.is_gone,
+    )
+    return _answer_reply(answer)
+
+
+@route(
+    _written("It is free.", id="573001234567", version=0, seq=3),
+    name="session_release",
+    query=(GENERATION, DURABILITY_QUERY),
+    headers=WRITE,
+    body=Body(ReleaseBody, {"generation": 2}, is_required=False),
+    errors=_LEASE_ERRORS,
+)
+async def release(backend: Backend, request: Request, place: Place) -> Reply:
+    """Give the lease of a session back."""
+    query = request.query()
+    body = await _body(backend, request, ReleaseBody)
+    generation = body.generation if "generation" not in query else integer(query["generation"], "generation")
+    if generation is None:
+        raise BadRequest("expected the generation of the lease, as ?generation= or in the body; found none")
+    op = SessionRelease(id=place.id, generation=generation, idempotency_key=idempotency_key(request))
     return await _commit(backend, request, query, op)
 
 
-async def release(backend: Backend, request: Request, place: Place) -> Reply:
-    """Give the lease of a session back."""
-    query = request.query("generation", "durability")
-    body = await _body(backend, request, _ReleaseBody)
-    generation = body.generation if "generation" not in query else _integer(query["generation"], "generation")
-    if generation is None:
-        raise BadRequest("expected the generation of the lease, as ?generation= or in the body; found none")
-    op = SessionRelease(id=place.id, generation=generation, idempotency_key=_idempotency_key(request))
-    reply = await _commit(backend, request, query, op)
-    return Reply(204) if request.method == "DELETE" else reply
+@route(
+    Outcome(204, "It is free."),
+    name="session_lease_delete",
+    query=release.query,
+    headers=release.headers,
+    body=release.body,
+    errors=release.errors,
+)
+async def delete_lease(backend: Backend, request: Request, place: Place) -> Reply:
+    """The same as POST …/release, with 204 for an answer."""
+    await release.handler(backend, request, place)
+    return Reply(204)
 
 
+@route(
+    _written(),
+    name="order_complete",
+    query=(DURABILITY_QUERY,),
+    headers=CONDITIONAL,
+    body=Body(CompleteBody, {"revenue": "84900.50"}, is_required=False),
+    errors=(*_BODY_ERRORS, *_CHANGE_ERRORS),
+)
 async def complete(backend: Backend, request: Request, place: Place) -> Reply:
     """Complete an order, with its revenue."""
-    query = request.query("durability")
-    body = await _body(backend, request, _CompleteBody)
+    query = request.query()
+    body = await _body(backend, request, CompleteBody)
     op = OrderComplete(revenue=body.revenue, **_op_fields(request, query, place))
     return await _commit(backend, request, query, op)
 
 
+@route(
+    _written(),
+    name="order_cancel",
+    query=(DURABILITY_QUERY,),
+    headers=CONDITIONAL,
+    body=Body(CancelBody, {"reason": "out of stock"}, is_required=False),
+    errors=(*_BODY_ERRORS, *_CHANGE_ERRORS),
+)
 async def cancel(backend: Backend, request: Request, place: Place) -> Reply:
     """Cancel a pending order."""
-    query = request.query("durability")
-    body = await _body(backend, request, _CancelBody)
+    query = request.query()
+    body = await _body(backend, request, CancelBody)
     op = OrderCancel(reason=body.reason, **_op_fields(request, query, place))
     return await _commit(backend, request, query, op)
 
 
+def _op_fields(request: Request, query: dict[str, str], place: Place) -> dict[str, Any]:
+    op: dict[str, Any] = place.names()
+    add_conditions(op, request, query, takes_lease=place.kind.takes_lease)
+    return op
+
+
 async def _commit(backend: Backend, request: Request, query: dict[str, str], op: AnyOp) -> Reply:
-    ticket = backend.engine.submit(op, durability=durability(request, query))
+    ticket = backend.engine.submit(op, durability=durability(request, query), retry=retry_of(request))
     await ticket.committed()
     return _answer_reply(ticket.answer)
 
@@ -237,12 +427,12 @@ def _answer_reply(answer: Answer) -> Reply:
     if answer.generation is None and answer.expires_at is None:
         body = b'{"id":%b,"version":%d,"seq":%d}' % (encode_json(answer.id), answer.version, answer.seq)
         return Reply(answer.status, body)
-    fields: dict[str, Any] = {"id": answer.id, "version": answer.version, "seq": answer.seq}
+    granted: dict[str, Any] = {"id": answer.id, "version": answer.version, "seq": answer.seq}
     if answer.generation is not None:
-        fields["generation"] = answer.generation
+        granted["generation"] = answer.generation
     if answer.expires_at is not None:
-        fields["expires_at"] = answer.expires_at
-    return json_reply(fields, answer.status)
+        granted["expires_at"] = answer.expires_at
+    return json_reply(granted, answer.status)
 
 
 def _encode_page(found: Page) -> bytes:
@@ -252,100 +442,117 @@ def _encode_page(found: Page) -> bytes:
     return b'{"items":[%b],"next":%b}' % (items, encode_json(found.next))
 
 
-# What a request says beside its body.
-
-
-def durability(request: Request, query: dict[str, str]) -> CallDurability | None:
-    """The durability this call asks for; None leaves it to the setting.
-
-    Raises:
-        BadRequest: neither ``always`` nor ``everysec``.
-    """
-    asked = query.get("durability") or request.headers.get("Holdfast-Durability")
-    if asked is None:
-        return None
-    for known in _DURABILITIES:
-        if asked == known:
-            return known  # type: ignore[no-any-return]
-    raise BadRequest(f"expected durability {' or '.join(_DURABILITIES)}, found {asked!a:.80}")
-
-
-def _op_fields(request: Request, query: dict[str, str], place: Place) -> dict[str, Any]:
-    headers = request.headers
-    fields: dict[str, Any] = place.names()
-    if_match, if_none_match = headers.get("If-Match"), headers.get("If-None-Match")
-    if if_none_match is not None:
-        if if_match is not None or if_none_match.strip() != "*":
-            raise BadRequest('a write takes If-Match: "VERSION", If-Match: * or If-None-Match: *, and one of them only')
-        fields["if_version"] = 0
-    elif if_match is not None:
-        fields["if_version"] = _version(if_match)
-    key = _idempotency_key(request)
-    if key is not None:
-        fields["idempotency_key"] = key
-    if "lease" in place.kind.write_query:
-        generation = query.get("lease") or headers.get("Holdfast-Lease")
-        if generation is not None:
-            fields["lease"] = _integer(generation, "Holdfast-Lease")
-    if "ttl" in query:
-        fields["ttl"] = _seconds(query["ttl"])
-    return fields
-
-
-def _idempotency_key(request: Request) -> str | None:
-    key = request.headers.get("Idempotency-Key")
-    if key is not None and not key.isascii():
-        raise BadRequest("expected an Idempotency-Key of printable ASCII characters, found others")
-    return key
-
-
-def _version(tag: str) -> int:
-    tag = _strong(tag)
-    if tag == "*":
-        return ANY_VERSION
-    if "," in tag:
-        raise BadRequest("expected one ETag in If-Match, found several")
-    text = tag[1:-1] if len(tag) > 2 and tag[0] == tag[-1] == '"' else tag
-    if not text.isascii() or not text.isdigit() or len(text) > INTEGER_DIGITS_MAX or int(text) == 0:
-        raise VersionMismatch(f"no record ever had the ETag {tag!a:.80}; read the record for its own")
-    return int(text)
-
-
-def _strong(tag: str) -> str:
-    """*tag* as we made it: a proxy that compresses marks it as weak."""
-    return tag.strip().removeprefix("W/")
-
-
-def _integer(text: str, name: str) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > INTEGER_DIGITS_MAX:
-        raise BadRequest(f"expected a whole number as {name}, found {text!a:.80}")
-    return int(text)
-
-
-def _seconds(text: str) -> Seconds:
-    """A number of seconds as such; anything else is for the engine to judge, which knows ``90s`` and ``12h``."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= INTEGER_DIGITS_MAX else text
-
-
-def _limit(text: str | None, limit_max: int) -> int:
-    if text is None:
-        return min(PAGE_DEFAULT, limit_max)
-    limit = _integer(text, "limit")
-    if not 1 <= limit <= limit_max:
-        raise BadRequest(f"expected a limit of 1 to {limit_max}, found {limit}")
-    return limit
-
-
-def _moment(text: str, backend: Backend) -> int:
-    # An offset of +02:00 that was not percent-encoded arrives with a space.
-    for candidate in (text, text.replace(" ", "+")):
-        try:
-            return parse_ms(candidate, backend.zone)
-        except (ValueError, OverflowError):
-            continue
-    raise BadRequest(f"expected since as ISO 8601, such as 2026-11-21T06:00:00Z, found {text!a:.80}")
+def _wait_s(wait: Seconds) -> float:
+    try:
+        wait_s = parse_duration(wait)
+    except ValueError as error:
+        raise InvalidRecord(f"wait: {error}") from None
+    if not 0 <= wait_s <= LEASE_WAIT_MAX_S:
+        raise InvalidRecord(f"wait must be 0 to {LEASE_WAIT_MAX_S:.0f} s, found {wait!r}; ask again after that")
+    return wait_s
 
 
 async def _body(backend: Backend, request: Request, kind: type[B]) -> B:
+    assert request.route.body is not None and request.route.body.type is kind, "the declaration says another body"
     raw = await request.body()
     return decode_typed(raw, kind, backend.record_limits) if raw else kind()
+
+
+# The paths.
+
+
+class Paths(NamedTuple):
+    """The routes of one kind of record: of its collection, of a record, and of what may follow a record's id."""
+
+    kind: Kind
+    collection: Methods[RecordHandler]
+    record: Methods[RecordHandler]
+    actions: Mapping[str, Methods[RecordHandler]]
+
+
+_Errors = tuple[type[HoldfastError], ...]
+
+
+def _paths(kind: Kind, actions: Mapping[str, Methods[RecordHandler]]) -> Paths:
+    """The routes that every kind has, declared for this one, beside the *actions* of its own."""
+    noun = kind.noun
+    id, key, value, patched = kind.example
+    stored = key | value
+    read_errors: _Errors = (InvalidRecord,) if kind is CUSTOM else ()
+    delete_query: tuple[Field, ...] = (DURABILITY_QUERY,)
+    write_query = delete_query
+    headers: tuple[Field, ...] = CONDITIONAL
+    lease_errors: _Errors = ()
+    if kind.takes_lease:
+        delete_query, write_query = (LEASE_QUERY, DURABILITY_QUERY), (TTL, LEASE_QUERY, DURABILITY_QUERY)
+        headers, lease_errors = (*CONDITIONAL, LEASE), (Leased,)
+
+    def written(about: str, status: int, version: int) -> Outcome:
+        return _written(about, id=id, status=status, version=version, seq=version)
+
+    return Paths(
+        kind,
+        {
+            "GET": route(
+                Outcome(
+                    200,
+                    "A page.",
+                    answers.Page,
+                    {"items": [{"id": id, "version": 1, "value": stored}], "next": None},
+                ),
+                name=f"{noun}_list",
+                about=f"One page of the {noun}s.",
+                query=kind.list_query,
+                errors=read_errors,
+            )(page)
+        },
+        {
+            "GET": route(
+                Outcome(200, f"The {noun}.", dict[str, Any], stored, headers=(ETAG,)),
+                Outcome(304, "It is still the version that the caller has.", headers=(ETAG,)),
+                name=f"{noun}_get",
+                about=f"One {noun}, as it was stored.",
+                headers=(SEEN,),
+                errors=(NotFound, *read_errors),
+            )(get),
+            "PUT": route(
+                written("It was replaced.", 200, 2),
+                written("It is new.", 201, 1),
+                name=f"{noun}_put",
+                about=text_of(kind.put),
+                query=write_query,
+                headers=headers,
+                body=Body(dict[str, Any], value),
+                errors=(*_BODY_ERRORS, *_PUT_ERRORS, *lease_errors),
+            )(put),
+            "PATCH": route(
+                written("It was merged.", 200, 2),
+                name=f"{noun}_patch",
+                about=text_of(kind.patch),
+                query=write_query,
+                headers=headers,
+                body=Body(dict[str, Any], patched),
+                errors=(*_BODY_ERRORS, *_CHANGE_ERRORS, *lease_errors),
+            )(patch),
+            "DELETE": route(
+                Outcome(204, "It is gone."),
+                name=f"{noun}_delete",
+                about=text_of(kind.delete),
+                query=delete_query,
+                headers=headers,
+                errors=(*_CHANGE_ERRORS, *lease_errors),
+            )(delete),
+        },
+        actions,
+    )
+
+
+PATHS = {
+    "sessions": _paths(
+        KINDS["sessions"],
+        {"touch": {"POST": touch}, "lease": {"POST": lease, "DELETE": delete_lease}, "release": {"POST": release}},
+    ),
+    "orders": _paths(KINDS["orders"], {"complete": {"POST": complete}, "cancel": {"POST": cancel}}),
+    "users": _paths(KINDS["users"], {}),
+}
+CUSTOM_PATHS = _paths(CUSTOM, {})

@@ -1,0 +1,89 @@
+"""Which daemon is meant, and with which token."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from holdfast.errors import SettingsError
+
+PORT = 8765
+SECURE_PORT = 443
+TOKEN_CHARS_MAX = 256
+
+
+class Address(NamedTuple):
+    """A daemon, or the proxy before it.
+
+    Attributes:
+        path: of the unix socket; empty on TCP.
+        host, port: of TCP.
+        is_secure: by TLS, which a proxy before the daemon speaks.
+    """
+
+    path: str
+    host: str
+    port: int
+    is_secure: bool
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"{'https' if self.is_secure else 'http'}://{self.host_header}"
+
+    @property
+    def host_header(self) -> str:
+        """What the Host header says."""
+        if self.path:
+            return "localhost"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def tls(self) -> ssl.SSLContext | None:
+        """For a secure one the system's trust; None for the others."""
+        return ssl.create_default_context() if self.is_secure else None
+
+
+def address_of(text: str) -> Address:
+    """The address in ``unix:PATH``, ``http://HOST:PORT``, ``tcp:HOST:PORT`` or ``https://HOST``.
+
+    Raises:
+        SettingsError: anything else.
+    """
+    scheme, _, rest = text.partition(":")
+    if scheme == "unix" and rest and "\0" not in rest:
+        # From now on: a later change of the working directory does not change who is meant.
+        return Address(os.path.abspath(rest), "", 0, False)
+    try:
+        url = urlsplit(f"tcp://{rest}" if scheme == "tcp" and not rest.startswith("//") else text)
+        if url.scheme in ("http", "tcp", "https") and url.hostname and url.path in ("", "/") and not url.query:
+            is_secure = url.scheme == "https"
+            return Address("", url.hostname, url.port or (SECURE_PORT if is_secure else PORT), is_secure)
+    except ValueError:
+        pass
+    raise SettingsError(f"expected an address unix:PATH, http://HOST:PORT or https://HOST, found {text!r:.120}")
+
+
+def token_of(token: str | None, token_file: str | os.PathLike[str] | None) -> str | None:
+    """The token given, else the one in *token_file*, else the one in HOLDFAST_TOKEN; None when there is none.
+
+    Raises:
+        SettingsError: the file cannot be read, or what was found is no token.
+    """
+    source = "token"
+    if token is None and token_file is not None:
+        source = os.fspath(token_file)
+        try:
+            token = Path(token_file).read_text("ascii", "replace")
+        except OSError as error:
+            raise SettingsError(f"the token file {source} cannot be read: {error.strerror}") from None
+    elif token is None:
+        source, token = "HOLDFAST_TOKEN", os.environ.get("HOLDFAST_TOKEN")
+    if not token:
+        return None
+    token = token.strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token or len(token) > TOKEN_CHARS_MAX:
+        raise SettingsError(f"{source}: expected one token of printable ASCII, found something else")
+    return token
