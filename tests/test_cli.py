@@ -9,6 +9,8 @@ import re
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +23,8 @@ from click.testing import CliRunner
 from holdfast.cli.main import commands
 from holdfast.disk.files import Directory
 from holdfast.disk.journal import Journal, encode_line
-from tests.cli_harness import HOLDFAST, assert_told_in_one_line, daemon_in, environment, holdfast
+from tests.cli_harness import HOLDFAST, assert_told_in_one_line, daemon_in, environment, shown_on_a_terminal
+from tests.cli_harness import forked as holdfast
 
 
 @pytest.fixture
@@ -233,6 +236,36 @@ def test_a_bad_token_file_exits_2(tmp_path: Path):
         assert_told_in_one_line(done, 2, reason)
 
 
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_a_socket_that_is_not_ours_to_open_is_told():
+    """Another user learns that it is the permission, and whose user to become."""
+    with tempfile.TemporaryDirectory() as directory:
+        # Not tmp_path, into which nobody else may look.
+        os.chmod(directory, 0o755)
+        path = Path(directory) / "s"
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+            server.listen()
+            path.chmod(0o600)
+            arguments = ["status", "--connect", f"unix:{path}"]
+            code = (
+                "import os, sys; from holdfast.cli.main import main\n"
+                # Once everything is imported, since another user may not read where we are installed.
+                "import holdfast.cli.status; os.setgid(65534); os.setuid(65534); main()"
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", code, *arguments],
+                cwd=directory,
+                env=environment(),
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
+
+    assert_told_in_one_line(done, 1, "may not be opened by this user", "run as the daemon's user or group")
+
+
 # Commands to a running daemon.
 
 
@@ -288,10 +321,12 @@ def test_tcp_needs_a_token(tmp_path: Path, daemon: subprocess.Popen[bytes]):
     token = (tmp_path / "data" / "token").read_text().strip()
 
     without = holdfast("status", "--connect", address, cwd=tmp_path)
+    wrong = holdfast("status", "--connect", address, cwd=tmp_path, HOLDFAST_TOKEN="hf_wrong")
     by_file = holdfast("status", "--connect", address, "--token-file", tmp_path / "data" / "token", cwd=tmp_path)
     by_variable = holdfast("status", "--connect", address, cwd=tmp_path, HOLDFAST_TOKEN=token)
 
     assert_told_in_one_line(without, 1, "HOLDFAST_TOKEN or --token-file")
+    assert_told_in_one_line(wrong, 1, "HOLDFAST_TOKEN or --token-file")
     assert (by_file.returncode, by_variable.returncode) == (0, 0)
     assert token not in without.stderr + by_file.stdout + by_variable.stdout
 
@@ -380,6 +415,15 @@ def test_the_journal_is_filtered(stopped: Path, filters: list[str], expected: li
 
     assert (done.returncode, done.stderr) == (0, "")
     assert seqs(done) == expected
+
+
+def test_the_journal_is_coloured_for_people_only(stopped: Path):
+    """On a terminal keys and values have colours; a pipe gets the bytes of the file."""
+    shown = shown_on_a_terminal("journal", "--data-dir", stopped, cwd=stopped, columns=120)
+    piped = holdfast("journal", "--data-dir", stopped, cwd=stopped)
+
+    assert "\x1b[36m" in shown.raw
+    assert shown.text == piped.stdout
 
 
 def test_reading_the_journal_changes_nothing(stopped: Path):

@@ -21,7 +21,7 @@ import pytest
 
 from holdfast.cli.bench import COLLECTION
 from holdfast.cli.connection import Daemon
-from holdfast.cli.show import bar, readable_size, readable_span, shortened
+from holdfast.cli.show import bar, printable, readable_size, readable_span, shortened
 from holdfast.settings import UnixAddress
 from tests.cli_harness import (
     HOLDFAST,
@@ -154,6 +154,21 @@ def test_watching_without_a_terminal_prints_look_after_look(cwd: Path, how: list
         process.stdout.close()
 
 
+def test_watching_on_a_dumb_terminal_prints_look_after_look(cwd: Path):
+    """Where nothing can be written over, one look follows the other."""
+    terminal = Terminal("status", "--watch", "0.1", cwd=cwd, TERM="dumb")
+    try:
+        terminal.wait_for("Holdfast at ")
+        terminal.wait_for("Holdfast at ", after=len("Holdfast at "))
+        terminal.process.send_signal(signal.SIGINT)
+        shown = terminal.finish()
+    finally:
+        terminal.stop()
+
+    assert shown.code == 0
+    assert "\x1b" not in shown.raw
+
+
 def test_a_refused_look_ends_the_watch(cwd: Path):
     """A wrong token is no daemon that is gone: waiting would not help."""
     listening = ask(cwd, "GET", "/v1/admin/status")["listen"]
@@ -245,6 +260,12 @@ def on_the_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{directory}:{os.environ['PATH']}"
 
 
+@pytest.fixture(scope="module")
+def bash_script(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What ``holdfast completion bash`` prints."""
+    return forked("completion", "bash", cwd=tmp_path_factory.mktemp("nowhere")).stdout
+
+
 def asked_of_a_shell(shell: list[str], script: str, cwd: Path, path: str) -> list[str]:
     if shutil.which(shell[0]) is None:
         pytest.skip(f"needs {shell[0]}")
@@ -270,7 +291,7 @@ def asked_of_a_shell(shell: list[str], script: str, cwd: Path, path: str) -> lis
         (["no-such-command", "x"], []),
     ],
 )
-def test_bash_completes(cwd: Path, on_the_path: str, words: list[str], expected: list[str]):
+def test_bash_completes(cwd: Path, on_the_path: str, bash_script: str, words: list[str], expected: list[str]):
     """Commands and options at once, ids and collections from the daemon; without one there is silence, not an error."""
     hostile = {"op": "session.put", "id": "57$(touch pwned)", "value": {}}
     ops = [hostile, *({"op": "session.put", "id": id, "value": {}} for id in ("573001", "573002"))]
@@ -278,7 +299,7 @@ def test_bash_completes(cwd: Path, on_the_path: str, words: list[str], expected:
     ask(cwd, "PUT", "/v1/collections/completed-things/c1", {})
     line = " ".join(f"'{word}'" for word in ["holdfast", *words])
     script = (
-        'eval "$(holdfast completion bash)"\n'
+        f"{bash_script}\n"
         f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; COMPREPLY=()\n"
         "_holdfast_completion holdfast\n"
         "printf '%s\\n' \"${COMPREPLY[@]}\"\n"
@@ -326,6 +347,21 @@ def test_a_span_is_written_in_two_units(seconds: float, text: str):
 def test_a_size_is_written_with_its_unit(size: int, text: str):
     """As one would say it."""
     assert readable_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Ñandú 👩\u200d🚀", "Ñandú 👩\u200d🚀"),
+        ("a\x1b[2Jb", "a\\u001b[2Jb"),
+        ("a\u202eb\u2066c", "a\\u202eb\\u2066c"),
+        ("a\nb\u2028c\x9b", "a\\u000ab\\u2028c\\u009b"),
+        ("\udcff", "\\udcff"),
+    ],
+)
+def test_what_would_move_the_cursor_is_escaped(text: str, shown: str):
+    """Names with emoji stay, control characters and changes of direction do not reach the terminal."""
+    assert printable(text) == shown
 
 
 def test_wide_characters_are_cut_by_the_columns_they_take():

@@ -197,6 +197,22 @@ def test_tasks_travel_together(relay: Relay, tmp_path: Path) -> None:
     on_relay(tmp_path, True, body)
 
 
+def test_any_event_loop_will_do(tmp_path: Path) -> None:
+    """uvloop as well as asyncio's own."""
+    import uvloop
+
+    async def body() -> None:
+        for address in (f"unix:{served.socket_path}", f"http://{served.tcp}"):
+            async with holdfast.aio.connect(address, token=served.token) as hf:
+                await asyncio.gather(*(hf.sessions.put(str(n), {}) for n in range(100)))
+                async with hf.sessions.lease("1") as session, hf.events(after=0) as events:
+                    await session.touch()
+                    assert (await anext(events)).seq == 1
+
+    with daemon_in_thread(tmp_path) as served:
+        uvloop.run(asyncio.wait_for(body(), TEST_S))
+
+
 def test_an_op_that_is_cancelled_in_time_does_not_happen(relay: Relay, tmp_path: Path) -> None:
     """And one that is under way harms nobody else."""
 

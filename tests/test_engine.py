@@ -14,6 +14,7 @@ import orjson
 import pytest
 
 from holdfast.clock import format_ms
+from holdfast.core import retries
 from holdfast.engine import EXPIRE_AT_ONCE, Engine
 from holdfast.errors import (
     BadRequest,
@@ -849,8 +850,24 @@ def test_retries_are_forgotten(tmp_path: Path) -> None:
         for number in range(1, 50):
             ops: list[AnyOp] = [StatsOrder()] * 3
             engine.submit_batch(Batch(ops=ops), retry=Retry("client-1", number)).wait()
-        assert engine.count("_retries") == 3
-        for passed_s, count in ((3500, 3), (200, 0)):
+        engine.submit(StatsOrder(), retry=Retry("client-2", 1)).wait()
+        assert len(engine._state.retries) == 2
+        for passed_s, count in ((3500, 2), (200, 0)):
             clock.advance(passed_s)
             engine.expire()
-            assert engine.count("_retries") == count
+            assert len(engine._state.retries) == count
+
+
+def test_the_clients_remembered_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that changed something last are kept, over a restart as well."""
+    monkeypatch.setattr(retries, "CLIENTS_MAX", 10)
+    clock = HandClock()
+    with running(tmp_path, clock=clock) as engine:
+        for turn in range(3):
+            for n in range(12):
+                clock.advance(1)
+                engine.submit(StatsOrder(), retry=Retry(f"client-{n}", turn)).wait()
+        engine.flush("api")
+        assert (tmp_path / "_retries.json").read_bytes().count(b'"id"') == 10
+    with running(tmp_path) as engine:
+        assert engine._state.retries.clients() == [f"client-{n}" for n in range(2, 12)]

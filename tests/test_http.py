@@ -210,6 +210,22 @@ def test_an_empty_parameter_is_no_missing_one(tmp_path: Path, query: str):
     serve_and(scenario, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("path", "header", "value"),
+    [(f"{SESSION}?lease=1", "Holdfast-Lease", 2), (f"{SESSION}?durability=always", "Holdfast-Durability", "everysec")],
+)
+def test_a_parameter_and_a_header_do_not_contradict_each_other(tmp_path: Path, path: str, header: str, value: object):
+    """Neither wins in silence."""
+
+    async def scenario(served: Served) -> None:
+        refused = await served.ask("PUT", path, {"a": 1}, headers={header: str(value)})
+
+        assert (refused.status, refused.json["code"]) == (400, "bad_request")
+        assert header in refused.json["detail"]
+
+    serve_and(scenario, tmp_path)
+
+
 # The paths that do more.
 
 

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ BROKEN_HEADERS = {
 }
 
 
-@pytest.mark.parametrize("one", operations(), ids=lambda one: one.id)
+@pytest.mark.parametrize("one", list(operations()), ids=lambda one: one.id)
 def test_a_header_is_read_where_it_is_documented_and_nowhere_else(tmp_path: Path, one: Operation):
     """One that makes no sense is refused by an operation that documents it, and does not matter to the others."""
 
@@ -187,19 +187,21 @@ def test_the_example_is_what_happens(tmp_path: Path, one: Operation):
     serve_and(scenario, tmp_path)
 
 
+def parameters() -> Iterator[tuple[Operation, str]]:
+    """Every parameter and header that has an example, with the first operation that takes it."""
+    seen: list[dict[str, Any]] = []
+    for one in operations():
+        for said in one.parameters:
+            if said["in"] != "path" and "example" in said and said not in seen:
+                seen.append(said)
+                yield one, said["name"]
+
+
 @pytest.mark.parametrize(
-    ("one", "name"),
-    [
-        (one, said["name"])
-        for one in operations()
-        for said in one.parameters
-        if said["in"] != "path"
-        if "example" in said
-    ],
-    ids=lambda value: value if isinstance(value, str) else value.id,
+    ("one", "name"), list(parameters()), ids=lambda value: value if isinstance(value, str) else value.id
 )
 def test_the_example_of_a_parameter_is_taken(tmp_path: Path, one: Operation, name: str):
-    """Each works with the example of its operation, and is valid under its own schema."""
+    """It works with the example of its operation, and is valid under its own schema."""
 
     async def scenario(served: Served) -> None:
         said = next(said for said in one.parameters if said["name"] == name)
@@ -547,7 +549,7 @@ def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path):
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl, whose lines they are")
-@pytest.mark.parametrize("one", operations(), ids=lambda one: one.id)
+@pytest.mark.parametrize("one", list(operations()), ids=lambda one: one.id)
 def test_the_lines_of_the_page_work_as_they_stand(tmp_path: Path, one: Operation):
     """Pasted into a shell they get an answer; by both ways where that can be asked twice."""
 

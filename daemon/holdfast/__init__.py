@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from holdfast import aio
+    from holdfast.blocking import Holdfast
     from holdfast.client.sync import connect
     from holdfast.embedded import open
     from holdfast.errors import (
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     )
     from holdfast.events import Event
     from holdfast.ops import Answer, Record
-    from holdfast.sync import Holdfast
 
 __all__ = [
     "Answer",
@@ -71,7 +71,7 @@ __all__ = [
 _HOME = {
     "Answer": "holdfast.ops",
     "Event": "holdfast.events",
-    "Holdfast": "holdfast.sync",
+    "Holdfast": "holdfast.blocking",
     "Record": "holdfast.ops",
     "connect": "holdfast.client.sync",
     "open": "holdfast.embedded",

@@ -7,13 +7,13 @@ import threading
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from holdfast.blocking import Block, Events, Holdfast
 from holdfast.engine import Engine, Ticket
 from holdfast.errors import HoldfastError
 from holdfast.leases import take_lease
 from holdfast.ops import Answer, AnyOp, Batch, Durability, FlushReport, SessionLease
 from holdfast.recovery import open_engine
 from holdfast.settings import Settings, chosen
-from holdfast.sync import Block, Events, Holdfast
 
 EXPIRE_EVERY_S = 10.0
 

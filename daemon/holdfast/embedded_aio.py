@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from holdfast import aio
-from holdfast.aio import AsyncBlock, AsyncEvents, AsyncHoldfast
+from holdfast import asynchronous
 from holdfast.api import counted
+from holdfast.asynchronous import AsyncBlock, AsyncEvents, AsyncHoldfast
 from holdfast.embedded import Keeper, note_ticket, settings_from
 from holdfast.engine import Engine, Ticket
 from holdfast.errors import HoldfastError
@@ -21,7 +21,7 @@ from holdfast.recovery import open_engine
 
 
 @asynccontextmanager
-async def open_async(data_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> AsyncIterator[AsyncHoldfast]:
+async def open_async(data_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> AsyncIterator[AsyncEmbedded]:
     """As ``holdfast.aio.open``."""
     cancelled = threading.Event()
     chosen = settings_from(data_dir, settings)
@@ -110,21 +110,21 @@ class _InMemory:
         return sum(map(self.engine.count, counted(self.name)))
 
 
-class _Sessions(_InMemory, aio.Sessions):
+class _Sessions(_InMemory, asynchronous.Sessions):
     def __init__(self, holdfast: AsyncEmbedded) -> None:
-        aio.Sessions.__init__(self, holdfast)
+        asynchronous.Sessions.__init__(self, holdfast)
         self.engine = holdfast.engine
 
 
-class _Orders(_InMemory, aio.Orders):
+class _Orders(_InMemory, asynchronous.Orders):
     def __init__(self, holdfast: AsyncEmbedded) -> None:
-        aio.Orders.__init__(self, holdfast)
+        asynchronous.Orders.__init__(self, holdfast)
         self.engine = holdfast.engine
 
 
-class _Records(_InMemory, aio.Records):
+class _Records(_InMemory, asynchronous.Records):
     def __init__(self, holdfast: AsyncEmbedded, name: str) -> None:
-        aio.Records.__init__(self, holdfast, name)
+        asynchronous.Records.__init__(self, holdfast, name)
         self.engine = holdfast.engine
 
 
@@ -142,7 +142,7 @@ class AsyncEmbedded(AsyncHoldfast):
         self.orders = _Orders(self)
         self.users = _Records(self, "users")
 
-    def collection(self, name: str) -> aio.Records:
+    def collection(self, name: str) -> asynchronous.Records:
         """The custom collection *name*; it comes into being with its first record."""
         return _Records(self, name)
 

@@ -171,11 +171,9 @@ class Engine:
         with self._lock:
             if self._refusal is not None:
                 raise self._refusal
-            return self._decide(op, durability, None if retry is None else retry.of_op(0))
+            return self._decide(op, durability, None if retry is None else (retry.client, 0, retry.number))
 
-    def submit_batch(
-        self, batch: Batch, *, durability: Durability | None = None, retry: Retry | None = None
-    ) -> Ticket:
+    def submit_batch(self, batch: Batch, *, durability: Durability | None = None, retry: Retry | None = None) -> Ticket:
         """Decide the ops of *batch* in order; they wait together. *retry* as for ``submit``, op by op.
 
         An atomic batch is one event, all or nothing. Otherwise refusals stand among the outcomes.
@@ -196,14 +194,16 @@ class Engine:
             outcomes: list[Answer | HoldfastError] = []
             for index, op in enumerate(batch.ops):
                 try:
-                    ticket = self._decide(op, durability, None if retry is None else retry.of_op(index))
+                    ticket = self._decide(
+                        op, durability, None if retry is None else (retry.client, index, retry.number)
+                    )
                 except HoldfastError as error:
                     outcomes.append(error)
                 else:
                     outcomes.append(ticket.refusal or ticket.outcomes[0])
             return Ticket(outcomes, self._state.seq, self._committer.in_flight())
 
-    def _decide(self, op: AnyOp, durability: Durability | None, retry: str | None) -> Ticket:
+    def _decide(self, op: AnyOp, durability: Durability | None, retry: tuple[str, int, int] | None) -> Ticket:
         """Decide and apply one op, under the lock."""
         state, committer = self._state, self._committer
         now_ms = self._clock.now_ms()
@@ -247,7 +247,7 @@ class Engine:
         with state.all_or_nothing():
             for index, op in enumerate(ops):
                 try:
-                    decided = decide(state, op, self._rules, seq, now_ms, retry and retry.of_op(index))
+                    decided = decide(state, op, self._rules, seq, now_ms, retry and (retry.client, index, retry.number))
                 except HoldfastError as error:
                     self._op_counts.refused[type(op), error.code] += 1
                     error.index = index
@@ -325,7 +325,6 @@ class Engine:
         for wheel, collection in (
             (state.lease_wheel, state.leases),
             (state.key_wheel, state.keys),
-            (state.retry_wheel, state.retries),
         ):
             looked = True
             while looked:
@@ -341,6 +340,8 @@ class Engine:
                         else:
                             collection.set(id, None, collection.changed_seq, undoable=False)
                 looked = bool(ids)
+        with self._lock:
+            state.retries.forget(now_ms)
 
     # Reading. Only what is durable is seen.
 

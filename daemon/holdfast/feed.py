@@ -71,36 +71,52 @@ class Selection:
 
     def parts_of(self, line: JournalLine) -> list[Part]:
         """What is wanted of *line*; of a batch the members, completed by seq and time of the batch."""
-        head = _decode_head(line.payload)
-        if head.events is None:
-            return [Part(line.seq, head.op, line.payload, True)] if self._takes(head) else []
-        shared = b'{"seq":%d,"at":"%b",' % (line.seq, head.at.encode())
+        op = _op_of(line.payload)
+        if op != "batch":
+            return [Part(line.seq, op, line.payload, True)] if self._takes(op, line.payload) else []
+        batch = _decode_batch(line.payload)
+        shared = b'{"seq":%d,"at":"%b",' % (line.seq, batch.at.encode())
         parts = []
-        for raw in head.events:
-            member = _decode_head(raw)
-            if self._takes(member):
-                parts.append(Part(line.seq, member.op, shared + bytes(raw)[1:], False))
+        for raw in map(bytes, batch.events):
+            op = _op_of(raw)
+            if self._takes(op, raw):
+                parts.append(Part(line.seq, op, shared + raw[1:], False))
         if parts:
             parts[-1] = parts[-1]._replace(ends_line=True)
         return parts
 
-    def _takes(self, head: _Head) -> bool:
-        if self._has_ops and head.op not in self._ops and not head.op.startswith(self._prefixes):
+    def _takes(self, op: str, payload: bytes) -> bool:
+        if self._has_ops and op not in self._ops and not op.startswith(self._prefixes):
             return False
-        return not self._ids or head.id in self._ids or (head.ids is not None and not self._ids.isdisjoint(head.ids))
+        if not self._ids:
+            return True
+        subject = _decode_subject(payload)
+        return subject.id in self._ids or not self._ids.isdisjoint(subject.ids)
 
 
-class _Head(msgspec.Struct, gc=False):
-    """What decides whether an event is wanted."""
-
-    op: str
-    at: str = ""
-    id: str | None = None
-    ids: list[str] | None = None
-    events: list[msgspec.Raw] | None = None
+def _op_of(payload: bytes) -> str:
+    """The op of an event; before it stand its seq and time only, so that nothing need be decoded for it."""
+    start = payload.index(_OP) + len(_OP)
+    return payload[start : payload.index(b'"', start)].decode()
 
 
-_decode_head = msgspec.json.Decoder(_Head).decode
+_OP = b'"op":"'
+
+
+class _Subject(msgspec.Struct, gc=False):
+    """Which record an event is about, or which sessions."""
+
+    id: str = ""
+    ids: tuple[str, ...] = ()
+
+
+class _Batch(msgspec.Struct, gc=False):
+    at: str
+    events: list[msgspec.Raw]
+
+
+_decode_subject = msgspec.json.Decoder(_Subject).decode
+_decode_batch = msgspec.json.Decoder(_Batch).decode
 
 
 class Feed:

@@ -34,6 +34,7 @@ from holdfast.errors import HoldfastError
 from holdfast.ops import FlushReport
 
 SALES_FILE = "sales_stats.json"
+RETRIES_FILE = "_retries.json"
 
 KEEP_SHARE = 4
 """History is kept only while so many times ``journal_keep`` is free on the disk: room is for what is new."""
@@ -45,7 +46,7 @@ FILE_OF = {
     USERS: "users.json",
     LEASES: "_leases.json",
     KEYS: "_keys.json",
-    RETRIES: "_retries.json",
+    RETRIES: RETRIES_FILE,
     COUNTED: "_counted.json",
 }
 """Where the built-in collections live; a custom one lives in NAME.json."""
@@ -193,6 +194,8 @@ class Flusher:
         def begin(seq: int) -> None:
             self.flushing_since, committer.unflushed_since = committer.unflushed_since, None
             for collection in state.collections.values():
+                if collection.name == RETRIES:
+                    continue
                 entry = files.get(file_of(collection.name))
                 if entry is None or collection.changed_seq > entry.seq:
                     collection.begin_capture()
@@ -213,6 +216,12 @@ class Flusher:
                 staged[name] = entry_of(written, records.count, seq)
             if sales:
                 staged[SALES_FILE] = entry_of(self._directory.stage(SALES_FILE, [encode_sales(sales[0])]), 0, seq)
+            entry = files.get(RETRIES_FILE)
+            if entry is None or state.retries.changed_seq > entry.seq:
+                lines = _retry_lines(state, committer)
+                staged[RETRIES_FILE] = entry_of(
+                    self._directory.stage(RETRIES_FILE, snapshot_chunks([lines])), len(lines), seq
+                )
             self._publish(staged, seq)
             self.flushing_since = None
         except BaseException:
@@ -294,6 +303,24 @@ class Flusher:
     def close(self) -> None:
         """Give the directory back."""
         self._directory.close()
+
+
+def _retry_lines(state: State, committer: Committer) -> list[bytes]:
+    """The lines of ``_retries.json``, as of now instead of as of the picture's seq.
+
+    What they know beyond that seq is durable, and so in the journal that is replayed on top of them; what a client's next
+    request has replaced is of no use to anybody.
+    """
+    lines = []
+    with committer.lock:
+        clients = state.retries.clients()
+    for client in clients:
+        # One at a time, so that nobody waits long.
+        with committer.lock:
+            line = state.retries.line(client, committer.committed_seq)
+        if line is not None:
+            lines.append(line)
+    return lines
 
 
 class _Run:

@@ -15,7 +15,7 @@ from holdfast.errors import Conflict, HoldfastError, Leased
 from holdfast.ops import Answer, Durability, Record, Seconds
 
 if TYPE_CHECKING:
-    from holdfast import aio, sync
+    from holdfast import asynchronous, blocking
 
 A = TypeVar("A")
 
@@ -105,7 +105,7 @@ class Lease(_Held[Answer]):
             session.put(state | {"currentState": "paid"})
     """
 
-    def __init__(self, sessions: sync.Sessions, id: str, ttl_s: float, answer: Answer, renewals: Renewals) -> None:
+    def __init__(self, sessions: blocking.Sessions, id: str, ttl_s: float, answer: Answer, renewals: Renewals) -> None:
         super().__init__(sessions, id, ttl_s, answer)
         self._sessions = sessions
         self._renewals = renewals
@@ -211,7 +211,7 @@ class Renewals:
 class AsyncLease(_Held[Awaitable[Answer]]):
     """The same for tasks; the renewing is done by the event loop."""
 
-    def __init__(self, sessions: aio.Sessions, id: str, ttl_s: float, answer: Answer) -> None:
+    def __init__(self, sessions: asynchronous.Sessions, id: str, ttl_s: float, answer: Answer) -> None:
         super().__init__(sessions, id, ttl_s, answer)
         self._sessions = sessions
         self._timer: asyncio.TimerHandle | None = None

@@ -14,6 +14,7 @@ from holdfast import record
 from holdfast.clock import parse_ms
 from holdfast.core.collection import Collection
 from holdfast.core.decide import RECORD_ID_FIELD, USER_ID_FIELD, Rules, due_ms
+from holdfast.core.retries import RetryLine
 from holdfast.core.state import (
     COMPLETED_ORDERS,
     COUNTED,
@@ -22,7 +23,6 @@ from holdfast.core.state import (
     LEASES,
     ORDERS,
     RETRIES,
-    RETRY_TTL_MS,
     SESSIONS,
     USERS,
     State,
@@ -55,28 +55,15 @@ class _Key(msgspec.Struct):
     expires_at: str | None
 
 
-class _Retry(msgspec.Struct):
-    id: str
-    number: int
-    op: str
-    target: str
-    at: int
-    status: int
-    seq: int
-    version: int
-    generation: int | None = None
-    expires_at: str | None = None
-
-
 class _Mark(msgspec.Struct):
     id: str
     completed: bool
 
 
-_BOOKKEEPING: dict[str, type[msgspec.Struct]] = {LEASES: _Lease, KEYS: _Key, RETRIES: _Retry, COUNTED: _Mark}
+_BOOKKEEPING: dict[str, type[msgspec.Struct]] = {LEASES: _Lease, KEYS: _Key, RETRIES: RetryLine, COUNTED: _Mark}
 """What the records of our own collections hold; nobody else checks them when they are used."""
 
-_FORGOTTEN = (LEASES, KEYS, RETRIES)
+_SCHEDULED = (LEASES, KEYS)
 """Of our own collections those whose records are of use for some time only."""
 
 
@@ -150,7 +137,7 @@ def _load_blocks(
         collection.fill_all(raw_ids, ids, lines)
         if is_sessions:
             _schedule_sessions(state, block, ids, lines, rules)
-        elif collection.name in _FORGOTTEN:
+        elif collection.name in _SCHEDULED:
             for id, line in zip(ids, lines, strict=True):
                 schedule_bookkeeping(state, collection.name, id, line)
         on_block(len(block))
@@ -188,23 +175,21 @@ def load_foreign(
         collection.fill(id, line)
         if collection.name == SESSIONS:
             state.session_wheel.schedule(id, due)
-        elif collection.name in _FORGOTTEN:
+        elif collection.name in _SCHEDULED:
             schedule_bookkeeping(state, collection.name, id, line)
     counts.loaded = collection.count
     return counts
 
 
 def forgotten_ms(collection: str, line: bytes) -> int:
-    """When the lease, idempotency key or retry in *line* is of no use any more, ms since 1970."""
+    """When the lease or idempotency key in *line* is of no use any more, ms since 1970."""
     kept = orjson.loads(line)
-    if collection == LEASES:
-        return int(kept["until"])
-    return int(kept["at"]) + (KEY_TTL_MS if collection == KEYS else RETRY_TTL_MS)
+    return int(kept["until"]) if collection == LEASES else int(kept["at"]) + KEY_TTL_MS
 
 
 def schedule_bookkeeping(state: State, collection: str, id: str, line: bytes) -> None:
-    """Have the lease, key or retry *id* forgotten in its time."""
-    wheel = {LEASES: state.lease_wheel, KEYS: state.key_wheel, RETRIES: state.retry_wheel}[collection]
+    """Have the lease or key *id* forgotten in its time."""
+    wheel = state.lease_wheel if collection == LEASES else state.key_wheel
     wheel.schedule(id, forgotten_ms(collection, line))
 
 

@@ -224,10 +224,6 @@ class Retry(NamedTuple):
     client: str
     number: int
 
-    def of_op(self, index: int) -> str:
-        """What the event of the request's op *index* carries."""
-        return f"{self.client}/{index}/{self.number}"
-
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What an op yielded.

@@ -21,7 +21,7 @@ from holdfast.core.collection import Collection
 from holdfast.core.decide import Rules, decide_expiry
 from holdfast.core.event import decode_event
 from holdfast.core.sales import decode_sales, oldest_day
-from holdfast.core.state import BUILT_IN, EVENT_OPS, SESSIONS, USERS, State, apply, is_custom_name
+from holdfast.core.state import BUILT_IN, EVENT_OPS, RETRIES, SESSIONS, USERS, State, apply, is_custom_name
 from holdfast.disk.files import Directory, DirectoryLock, prepare_directory
 from holdfast.disk.journal import Damage, History, Journal, read_history, segment_name
 from holdfast.disk.snapshot import (
@@ -365,6 +365,11 @@ class _Recovery:
         self._state.set_sales(kept, 0, undoable=False)
 
     def _adopt(self, collection: Collection, seq: int) -> None:
+        if collection.name == RETRIES:
+            # Kept in a form of its own, which is as quick to note as it is to forget.
+            lines = map(collection.get, collection)
+            self._state.retries.load((line for line in lines if line is not None), seq)
+            return
         collection.changed_seq = seq
         self._state.collection(collection.name).take_over(collection)
 

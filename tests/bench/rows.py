@@ -24,6 +24,7 @@ from tests.bench.record import id_of, session_of
 FULL = 1_000_000
 CONNECTIONS = 64
 COROUTINES = 64
+MANY_COROUTINES = 512
 WRK_S = 6
 IMPORT_MAX_S, STATUS_MAX_S, READY_MAX_S = 0.080, 0.250, 0.500
 STALL_MAX_S = 0.002
@@ -186,6 +187,44 @@ def row_3(bench: Bench) -> Iterator[Result]:
     yield from growth(3, "cost of a get", costs, 0)
 
 
+def row_4(bench: Bench) -> Iterator[Result]:
+    """Served durable puts from one async client that sends together what is called at once."""
+    for coroutines, goal in ((COROUTINES, 4.0), (MANY_COROUTINES, 2.5)):
+        what = f"served durable puts from one async client, {coroutines} coroutines"
+        count = bench.size // 10
+        with serving(bench.place("row4"), "unix:") as daemon:
+            address = f"unix:{daemon.data_dir / 'holdfast.sock'}"
+            ours = run_task("client_async", address=address, count=count, coroutines=coroutines)["ops_s"]
+        with peer_or_note(Result(4, what, speed(ours), "", None, goal)) as note:
+            with redis_server(bench.place("row4-redis"), durable=True) as redis:
+                if coroutines == COROUTINES:
+                    name = "redis.asyncio"
+                    found = run_task("redis_async", socket=redis.socket, count=count // 5, coroutines=COROUTINES)
+                else:
+                    name = "redis-py pipelines of 100"
+                    found = run_task("redis_pipelines", socket=redis.socket, count=count)
+            note(Result(4, what, speed(ours), f"{name} {speed(found['ops_s'])}", ours / found["ops_s"], goal))
+        yield from note.results
+
+
+def row_6(bench: Bench) -> Iterator[Result]:
+    """Served single puts from the synchronous client, each waiting for its own sync."""
+    what = "served single puts, synchronous client, unix socket"
+    count = max(bench.size // 50, 5_000)
+    with serving(bench.place("row6"), "unix:") as daemon:
+        address = f"unix:{daemon.data_dir / 'holdfast.sock'}"
+        with peer_or_note(Result(6, what, "", "", None, 1.2)) as note:
+            with redis_server(bench.place("row6-redis"), durable=True) as redis:
+                # In turn, so that whatever else the disk does falls on both.
+                ours, peers = [], []
+                for _ in range(3):
+                    ours.append(run_task("client_sync", address=address, count=count)["ops_s"])
+                    peers.append(run_task("redis_sync", socket=redis.socket, count=count)["ops_s"])
+            mine, peer = median(ours), median(peers)
+            note(Result(6, what, speed(mine), f"redis-py {speed(peer)}", mine / peer, 1.2))
+    yield from note.results
+
+
 def row_5(bench: Bench) -> Iterator[Result]:
     """Served single-op durable puts."""
     what = f"served durable PUTs, {CONNECTIONS} connections, TCP"
@@ -334,7 +373,9 @@ ROWS: dict[int, Callable[[Bench], Iterator[Result]]] = {
     1: row_1,
     2: row_2,
     3: row_3,
+    4: row_4,
     5: row_5,
+    6: row_6,
     7: row_7,
     8: row_8,
     9: row_9,

@@ -160,6 +160,59 @@ def diskcache_get(directory: str, size: int, count: int) -> dict[str, float]:
         }
 
 
+# Rows 4 and 6.
+
+
+def client_async(address: str, count: int, coroutines: int) -> dict[str, float]:
+    """Durable puts through one async client."""
+
+    async def main() -> float:
+        async with holdfast.aio.connect(address) as hf:
+            return await in_coroutines(lambda id: hf.sessions.put(id, session_of(id)), count, coroutines)
+
+    return {"ops_s": run_async(main())}
+
+
+def redis_pipelines(socket: str, count: int) -> dict[str, float]:
+    """Durable sets from redis-py, in pipelines of 100."""
+    import redis
+
+    client = redis.Redis(unix_socket_path=socket)
+    started = time.perf_counter()
+    for first in range(0, count, PIPELINE):
+        pipeline = client.pipeline(transaction=False)
+        for number in range(first, min(first + PIPELINE, count)):
+            id = id_of(number % IDS)
+            pipeline.set(id, orjson.dumps(session_of(id)))
+        pipeline.execute()
+    return {"ops_s": count / (time.perf_counter() - started)}
+
+
+def client_sync(address: str, count: int) -> dict[str, float]:
+    """Durable puts through the sync client, one after the other."""
+    with holdfast.connect(address) as hf:
+        put = hf.sessions.put
+        put("warm", session_of("warm"))
+        started = time.perf_counter()
+        for number in range(count):
+            id = id_of(number % IDS)
+            put(id, session_of(id))
+        return {"ops_s": count / (time.perf_counter() - started)}
+
+
+def redis_sync(socket: str, count: int) -> dict[str, float]:
+    """Durable sets from redis-py, one after the other."""
+    import redis
+
+    client = redis.Redis(unix_socket_path=socket)
+    client.ping()
+    started = time.perf_counter()
+    for number in range(count):
+        id = id_of(number % IDS)
+        client.set(id, orjson.dumps(session_of(id)))
+    return {"ops_s": count / (time.perf_counter() - started)}
+
+
 # Rows 7 to 9.
 
 

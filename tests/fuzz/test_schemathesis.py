@@ -21,8 +21,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from holdfast.settings import parse_duration
 from tests.crash.harness import serving
-from tests.document_harness import whole
+from tests.document_harness import check_answer, operation, whole
 
 FULL = os.environ.get("HOLDFAST_CRASH") == "full"
 SEED = int(os.environ.get("HOLDFAST_CRASH_SEED", "20261121"))
@@ -37,11 +38,12 @@ CHECKS = [
     negative_data_rejection,
 ]
 
-# Beside the usual ones: a condition, and a limit, may be looked at before what is wrong.
-_REFUSED = ["400", "404", "405", "412", "413", "415", "422"]
+# Any refusal will do, since what is wrong may come second to a condition, a lease or a limit; but no success.
+_REFUSED = ["400", "401", "404", "405", "409", "412", "413", "415", "422", "423", "429"]
 
 schema = schemathesis.openapi.from_dict(
-    whole(), config=SchemathesisConfig.from_dict({"checks": {"negative_data_rejection": {"expected-statuses": _REFUSED}}})
+    whole(),
+    config=SchemathesisConfig.from_dict({"checks": {"negative_data_rejection": {"expected-statuses": _REFUSED}}}),
 )
 
 
@@ -71,4 +73,33 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 def test_every_answer_is_documented(case: Case, target: Target):
     """Whatever is sent, the status, the media type, the headers and the body of the answer are in the document, nothing
     is a 5xx, and what the document forbids is refused."""
+    make_impatient(case.body)
     case.call_and_validate(base_url=target.url, headers=target.headers, checks=CHECKS, timeout=ANSWER_S)
+
+
+@schema.include(operation_id="events").parametrize()
+@seed(SEED)
+@settings(max_examples=200 if FULL else 5, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+def test_a_stream_begins_as_documented_or_is_refused(case: Case, target: Target):
+    """The same for the event stream, of which only the beginning is looked at, since it does not end."""
+    request = case.as_transport_kwargs(base_url=target.url, headers=target.headers)
+    with requests.request(**request, stream=True, timeout=ANSWER_S) as answer:
+        body = b"" if answer.status_code == 200 else answer.content
+
+        assert answer.status_code < 500
+        if answer.status_code == 405:
+            assert answer.headers["Allow"] == "GET, HEAD"
+        elif body:
+            check_answer(operation("events"), answer.status_code, answer.headers, body)
+        else:
+            assert answer.headers["Content-Type"] == "text/event-stream"
+
+
+def make_impatient(body: object) -> None:
+    """Let *body*, when it is that of a lease, stand in line for no minute."""
+    if isinstance(body, dict):
+        try:
+            wait_s = parse_duration(body.get("wait"))
+        except ValueError:
+            return
+        body["wait"] = min(wait_s, 0.05)

@@ -41,7 +41,8 @@ MASKED = [
 
 TARGET = """[Unit]
 Description=What the tests need
-Requires=sysinit.target dbus.socket systemd-journald.service
+Requires=sysinit.target systemd-journald.service
+Wants=dbus.socket
 After=sysinit.target dbus.socket systemd-journald.service
 AllowIsolate=yes
 """

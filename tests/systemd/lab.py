@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -62,7 +63,10 @@ class Lab:
             LabUnavailable: this machine or its container does not permit it; nothing is left behind.
         """
         _check_machine()
-        self._scratch = Path(tempfile.mkdtemp(prefix="holdfast-lab-"))
+        for stale in Path(tempfile.gettempdir()).glob("holdfast-lab-*"):
+            if _is_stale(stale):
+                shutil.rmtree(stale, ignore_errors=True)
+        self._scratch = Path(tempfile.mkdtemp(prefix=f"holdfast-lab-{os.getpid()}-"))
         self._cgroup: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         started_at = time.monotonic()
@@ -289,26 +293,34 @@ def _check_machine() -> None:
         raise LabUnavailable("needs root on Linux to boot a systemd in namespaces")
     if not os.access(SYSTEMD, os.X_OK):
         raise LabUnavailable(f"needs systemd, found no {SYSTEMD}; install the package systemd")
+    for package in ("hatchling", "pip"):
+        if importlib.util.find_spec(package) is None:
+            raise LabUnavailable(f"needs {package} beside pytest to install the package; make .venv/.test does it")
     for program, package in NEEDED.items():
         if shutil.which(program) is None:
             raise LabUnavailable(f"needs {program}; install the package {package}")
 
 
 def _make_cgroup() -> Path:
-    """A cgroup that will be the root of the lab's own hierarchy; what a killed run left is removed."""
+    """A cgroup that will be the root of the lab's own hierarchy."""
     mounts = [line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     places = [Path(left.split()[4]) for left, right in mounts if right.startswith("cgroup2 ")]
     if not places:
         raise LabUnavailable("needs control groups of version 2, found none mounted")
     for stale in places[0].glob("holdfast-lab-*"):
-        if not Path("/proc", stale.name.rpartition("-")[2]).exists():
+        if _is_stale(stale):
             _remove_cgroup(stale)
-    cgroup = places[0] / f"holdfast-lab-{time.monotonic_ns()}-{os.getpid()}"
+    cgroup = places[0] / f"holdfast-lab-{os.getpid()}-{time.monotonic_ns()}"
     try:
         cgroup.mkdir()
     except OSError as error:
         raise LabUnavailable(f"needs a control group of its own: {error}") from error
     return cgroup
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether the process that made *path*, whose number is in its name, was killed before it could remove it."""
+    return not Path("/proc", path.name.split("-")[2]).exists()
 
 
 def _remove_cgroup(cgroup: Path) -> None:

@@ -20,6 +20,8 @@ from tests.crash.oracle import Ledger, differences
 from tests.systemd.hook import BURST_LINES
 from tests.systemd.lab import Lab, Service, wait_for
 
+pytestmark = pytest.mark.crash
+
 WATCHDOG_S = 30 if FULL else 3
 CLIENTS = 8
 SHORT_CONNECTIONS = 10_000
@@ -29,8 +31,9 @@ JOURNALD_STOPPED_S = 30.0 if FULL else 3.0
 BURST_S = 3.0
 """Enough for all lines of a burst to be logged."""
 
-P99_FLOOR_S = 0.010
-"""Below this a difference of the p99 is the noise of a busy machine: every ack waits for a disk that others use, too."""
+P99_FLOOR_S = 0.050
+"""Below this a difference of the p99 is the noise of a busy machine: every acknowledgement waits for a disk that others
+use, too. Whoever waits for journald waits for seconds."""
 
 
 def seconds(service: Service, name: str) -> float:
@@ -214,24 +217,24 @@ def test_a_stopped_journald_slows_no_acknowledgement(
     service.configure("Environment=LAB_FAULT=burst HOLDFAST_LOG__REDACT=false")
     service.start()
     before_s = p99_s(acknowledgements_s(service, JOURNALD_STOPPED_S))
-
     pid = service.show("MainPID")
+
     with journald_stopped(lab):
         # Not by systemctl: the manager logs what it does, and may wait for journald.
         lab.exec("kill", f"-{signal.SIGRTMIN:d}", pid)
         time.sleep(BURST_S)
         meanwhile_s = p99_s(acknowledgements_s(service, JOURNALD_STOPPED_S))
+    after_s = p99_s(acknowledgements_s(service, JOURNALD_STOPPED_S))
     (told,) = wait_for(lambda: lines(service, "log.lines_dropped"), 60, "the count of the dropped lines")
     dropped = json.loads(told)["count"]
-
     written = wait_for(lambda: lines(service, "lab.line_written"), 60, "what was not dropped")
     report(
         capsys,
-        f"acknowledgement p99 {before_s * 1000:.2f} ms, with journald stopped for {JOURNALD_STOPPED_S:.0f} s"
-        f" {meanwhile_s * 1000:.2f} ms; {dropped} lines dropped and counted",
+        f"acknowledgement p99 {before_s * 1000:.2f} ms, with journald stopped for {BURST_S + JOURNALD_STOPPED_S:.0f} s"
+        f" {meanwhile_s * 1000:.2f} ms, afterwards {after_s * 1000:.2f} ms; {dropped} lines dropped and counted",
     )
     assert dropped > 0 and len(written) + dropped == BURST_LINES
-    assert meanwhile_s < max(before_s * 1.1, P99_FLOOR_S)
+    assert meanwhile_s < max(before_s * 1.1, after_s * 1.1, P99_FLOOR_S)
 
 
 def lines(service: Service, event: str) -> list[str]:

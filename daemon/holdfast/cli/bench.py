@@ -107,7 +107,7 @@ def bench(daemon: Daemon, seconds: float, connections: int, yes: bool, as_json: 
     results: list[Result] = []
     if not as_json:
         click.echo(
-            f"writing to the collection {COLLECTION} of {daemon} for {len(loads)} times {seconds:g} s, "
+            f"writing to the collection {COLLECTION} for {len(loads)} times {seconds:g} s, "
             f"durability {status.get('durability')}"
         )
     cpu_s, began = time.process_time(), time.monotonic()

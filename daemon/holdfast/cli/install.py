@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 import os
 import pwd
 import re
@@ -10,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -123,7 +126,7 @@ def install_service(
         if not yes:
             _ask_for_consent(can_ask=not as_json)
         for step in plan:
-            _do(step, service)
+            _do(step, service, scope)
         if not as_json:
             click.echo(f"{service.name} is removed" if remove else _way_on(service, scope, start))
     if as_json:
@@ -150,18 +153,41 @@ def _show(plan: list[Step], service: Service, *, remove: bool, is_settled: bool)
             click.echo(f"      {detail}")
 
 
-def _do(step: Step, service: Service) -> None:
+def _do(step: Step, service: Service, scope: Scope) -> None:
     if step.action is None:
         return
+    began_at = time.time()
     try:
         step.action()
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", "") or str(error)
-        last = said.strip().splitlines()[-1] if said.strip() else type(error).__name__
+        reason = _said_by(service, scope, began_at) or _last_line(getattr(error, "stderr", "")) or str(error)
         raise HoldfastError(
-            f"could not {step.text}: {last}; what came before it is done: see `systemctl status {service.name}`,"
-            " mend it and run the same command again, or undo it with --remove"
+            f"could not {step.text}: {reason}; what came before it is done:"
+            f" see `{' '.join(scope.systemctl)} status {service.name}`, mend it and run the same command again,"
+            " or undo it with --remove"
         ) from error
+
+
+def _said_by(service: Service, scope: Scope, since: float) -> str:
+    """What the service, or systemd about its sockets, has in the journal as the reason of a failure; often nothing."""
+    journal = ["journalctl", "--quiet", "--no-pager", "--output=cat", f"--since=@{int(since)}"]
+    journal += [] if scope.account else ["--user"]
+    try:
+        lines = _output(*journal, *(f"--unit={unit}" for unit in service.units)).splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    for line in reversed(lines):
+        if line.startswith("holdfast: ") or "Failed to create listening socket" in line:
+            return line.removeprefix("holdfast: ")
+        if '"event":"daemon.failed"' in line:
+            with contextlib.suppress(ValueError, KeyError):
+                return str(json.loads(line)["reason"])
+    return ""
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""
 
 
 # What must be so before anything is planned.
@@ -217,11 +243,16 @@ def _check_seen_by_service(path: Path, advice: str) -> None:
         raise SettingsError(
             f"{path} lies below {hidden}, which ProtectHome=yes and PrivateTmp=yes hide from the service; {advice}, or add --user"
         )
-    closed = next((parent for parent in path.parents if parent.is_dir() and not parent.stat().st_mode & 0o001), None)
+    closed = _closed_parent(path)
     if closed is not None:
         raise SettingsError(
             f"{closed} is closed to the account of the service, which needs {path}; chmod o+x it, or {advice}"
         )
+
+
+def _closed_parent(path: Path) -> Path | None:
+    """The directory above *path* into which only its owner and group may look."""
+    return next((parent for parent in path.parents if parent.is_dir() and not parent.stat().st_mode & 0o001), None)
 
 
 def _check_data_dir(data_dir: Path, scope: Scope) -> None:
@@ -236,14 +267,18 @@ def _check_data_dir(data_dir: Path, scope: Scope) -> None:
                 f"--data-dir: {data_dir} lies below {hidden}, which ProtectHome=yes and PrivateTmp=yes hide from the service;"
                 " choose a place like /srv/holdfast, or add --user"
             )
-    if data_dir.exists():
-        owner = data_dir.stat().st_uid
-        expected = _account_id(scope.account) if scope.account else os.getuid()
-        if owner != expected:
+        closed = _closed_parent(data_dir)
+        if closed is not None:
             raise SettingsError(
-                f"--data-dir: {data_dir} belongs to user id {owner}; `chown -R {scope.account or os.getuid()}: {data_dir}`"
-                " first, or choose another"
+                f"--data-dir: {closed} is closed to the account of the service; chmod o+x it, or choose another"
             )
+    if data_dir.exists() and not data_dir.is_dir():
+        raise SettingsError(f"--data-dir: expected a directory at {data_dir}, found something else; choose another")
+    if data_dir.exists() and any(data_dir.iterdir()) and not _is_owned(data_dir, scope):
+        raise SettingsError(
+            f"--data-dir: {data_dir} belongs to user id {data_dir.stat().st_uid};"
+            f" `chown -R {scope.account or os.getuid()}: {data_dir}` first, or choose another"
+        )
 
 
 def _check_is_ours(path: Path) -> None:
@@ -268,6 +303,11 @@ def _check_is_ours(path: Path) -> None:
 
 def _installation(service: Service, scope: Scope, data_dir: Path | None, start: bool) -> Iterator[Step]:
     program = _check_program(scope)
+    usual, known = scope.state / service.directory, _chosen_data_dir(service, scope)
+    # Chosen once, it is meant until another is: data must not seem lost after an update.
+    data_dir = data_dir or known
+    if data_dir == usual:
+        data_dir = None
     if data_dir is not None:
         _check_data_dir(data_dir, scope)
     units = shipped_units()
@@ -281,14 +321,14 @@ def _installation(service: Service, scope: Scope, data_dir: Path | None, start: 
         yield _make_account(scope)
     if scope.account and not scope.config.is_dir():
         yield Step(f"make directory {scope.config} for settings", lambda: scope.config.mkdir(mode=0o755), [])
-    if data_dir is not None and not data_dir.exists():
-        yield Step(
-            f"make directory {data_dir}, mode 700, of {scope.account or 'this user'}",
-            _make_data_dir(data_dir, scope),
-            [],
-        )
+    if data_dir is not None and not (data_dir.exists() and _is_owned(data_dir, scope)):
+        text = f"make directory {data_dir}, mode 700, of {scope.account or 'this user'}"
+        yield Step(text, _make_data_dir(data_dir, scope), [])
+    left = known or usual
+    if left != (data_dir or usual) and left.exists():
+        yield Step(f"leave the data in {left} where it is", None, [])
     written = [step for path, content in wanted.items() if (step := _write(path, content)) is not None]
-    # A directory chosen earlier and no longer.
+    # Of a directory that was chosen earlier.
     stale = [_drop_in(scope, unit) for unit in service.units if unit not in drop_ins]
     removed = [_unlink(path) for path in stale if path.exists()]
     yield from written
@@ -348,7 +388,8 @@ def _make_account(scope: Scope) -> Step:
 def _make_data_dir(data_dir: Path, scope: Scope) -> Callable[[], None]:
     def make() -> None:
         data_dir.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        data_dir.mkdir(mode=0o700)
+        data_dir.mkdir(mode=0o700, exist_ok=True)
+        data_dir.chmod(0o700)
         if scope.account:
             shutil.chown(data_dir, scope.account, scope.account)
 
@@ -444,6 +485,10 @@ def _file_of(account: str) -> str:
     return done.stdout.strip()
 
 
+def _is_owned(path: Path, scope: Scope) -> bool:
+    return path.stat().st_uid == (_account_id(scope.account) if scope.account else os.getuid())
+
+
 def _account_id(account: str | None) -> int | None:
     try:
         return pwd.getpwnam(account or "").pw_uid
@@ -458,6 +503,10 @@ def _is_account_ours(account: str) -> bool:
 def _ask(scope: Scope, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [*scope.systemctl, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=True).stdout
 
 
 def _call(*command: str, may_fail: bool = False) -> None:

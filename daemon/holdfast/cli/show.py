@@ -34,6 +34,9 @@ _GAP = "  "
 # A string with the colon that makes it a key, a number, or a word.
 _TOKEN = re.compile(r'("(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*|true|false|null)(\s*:)?')
 _VALUE_CHARS_MIN = 8
+_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Of the same kind as what turns a line around, but parts of many emoji and scripts.
+_JOINERS = "\u200c\u200d"
 
 
 def examples(*lines: str) -> str:
@@ -56,6 +59,11 @@ def has_colour() -> bool:
     return is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def is_live() -> bool:
+    """Whether what stands on the terminal can be written over."""
+    return is_terminal() and os.environ.get("TERM", "dumb") != "dumb"
+
+
 def styled(text: str, **style: Any) -> str:
     """*text* in a style of ``click.style``, on a terminal with colours."""
     return click.style(text, **style) if has_colour() else text
@@ -67,7 +75,8 @@ def printable(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(
-        f"\\u{ord(char):04x}" if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") else char for char in text
+        f"\\u{ord(char):04x}" if unicodedata.category(char) in _UNPRINTABLE and char not in _JOINERS else char
+        for char in text
     )
 
 

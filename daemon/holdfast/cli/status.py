@@ -13,7 +13,7 @@ from holdfast.cli.connection import Daemon, daemon_options
 from holdfast.cli.show import (
     cells_of,
     examples,
-    is_terminal,
+    is_live,
     json_option,
     print_json,
     printable,
@@ -95,7 +95,7 @@ def status(daemon: Daemon, watch: float | None, as_json: bool) -> None:
         if as_json:
             for found in _looks(daemon, watch):
                 click.echo(orjson.dumps(found if isinstance(found, dict) else _gone(found)))
-        elif is_terminal():
+        elif is_live():
             _show_live(daemon, watch)
         else:
             for shown in _watched(daemon, watch):

@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from holdfast.aio import AsyncBlock, AsyncEvents, AsyncHoldfast
+from holdfast.asynchronous import AsyncBlock, AsyncEvents, AsyncHoldfast
 from holdfast.client import messages
 from holdfast.client.address import Address, address_of, token_of
 from holdfast.client.backoff import Backoff, described
@@ -49,8 +49,8 @@ class Line(asyncio.Protocol):
         self.is_closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # Not asserted: the transports of uvloop are of no class of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         try:

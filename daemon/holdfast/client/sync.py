@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
+from holdfast.blocking import Block, Events, Holdfast
 from holdfast.client import messages
 from holdfast.client.address import Address, address_of, token_of
 from holdfast.client.backoff import Backoff, described
@@ -19,7 +20,6 @@ from holdfast.errors import HoldfastError, Leased, Unavailable
 from holdfast.held import Renewals
 from holdfast.leases import LEASE_WAIT_MAX_S
 from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Retry, SessionLease
-from holdfast.sync import Block, Events, Holdfast
 
 FLUSH_TIMEOUT_S = 600.0
 """A flush of a million sessions takes seconds, on a slow disk a minute."""

@@ -18,7 +18,7 @@ from holdfast.clock import format_ms, parse_ms
 from holdfast.core import sales as figures
 from holdfast.core.collection import Collection
 from holdfast.core.event import Event
-from holdfast.core.state import KEY_TTL_MS, State, is_custom_name
+from holdfast.core.state import KEY_TTL_MS, State, answer_of, is_custom_name
 from holdfast.core.wheel import MINUTE_MS
 from holdfast.errors import Conflict, InvalidRecord, Leased, NotFound, VersionMismatch
 from holdfast.ops import (
@@ -81,12 +81,13 @@ class Rules(msgspec.Struct, frozen=True):
     reserved_names: dict[str, str] = {}
 
 
-def decide(state: State, op: AnyOp, rules: Rules, seq: int, now_ms: int, retry: str | None = None) -> Event | Answer:
+def decide(
+    state: State, op: AnyOp, rules: Rules, seq: int, now_ms: int, retry: tuple[str, int, int] | None = None
+) -> Event | Answer:
     """The event that *op* comes to, with *seq* and *now_ms*; or the answer, when nothing is to change.
 
     Args:
-        retry: which op of which request it is, in the form of ``Retry.of_op``; the op's own idempotency key goes
-            before it.
+        retry: client, index in its request, number of the request; the op's own idempotency key goes before it.
 
     Raises:
         HoldfastError: refused; the class says why.
@@ -649,27 +650,10 @@ def _previous_answer(state: State, op: AnyOp, key: str, now_ms: int) -> Answer |
     )
 
 
-def _retried_answer(state: State, op: AnyOp, retry: str) -> Answer | None:
+def _retried_answer(state: State, op: AnyOp, retry: tuple[str, int, int]) -> Answer | None:
     """The answer that this op of this request got before."""
-    slot, _, number = retry.rpartition("/")
-    line = state.retries.get(slot)
-    if line is None:
-        return None
-    kept = orjson.loads(line)
-    if kept["number"] != int(number):
-        if kept["number"] > int(number):
-            raise Conflict(f"request {number} of this client is older than its last one, {kept['number']}")
-        return None
-    if (kept["op"], kept["target"]) != (type(op).__struct_config__.tag, getattr(op, "id", "")):
-        raise Conflict(f"request {number} of this client was another op, {kept['op']}; number each request anew")
-    return Answer(
-        status=kept["status"],
-        seq=kept["seq"],
-        id=kept["target"],
-        version=kept["version"],
-        generation=kept.get("generation"),
-        expires_at=kept.get("expires_at"),
-    )
+    noted = state.retries.find(*retry, type(op).__struct_config__.tag, getattr(op, "id", ""))  # type: ignore[arg-type]
+    return None if noted is None else answer_of(noted, noted.seq)
 
 
 _Decider = Callable[[State, Any, Rules, int, int], Event | Answer]

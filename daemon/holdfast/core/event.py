@@ -39,7 +39,7 @@ class Event(msgspec.Struct, omit_defaults=True, gc=False):
         oldest: days before this date are no longer kept.
         counted: the completion of the order is in the figures.
         key: idempotency key.
-        retry: ``CLIENT/INDEX/NUMBER`` of the request it came with, see ``ops.Retry``.
+        retry: client, index in its request, number of the request (``ops.Retry``).
         events: the members of an atomic batch.
     """
 
@@ -61,7 +61,7 @@ class Event(msgspec.Struct, omit_defaults=True, gc=False):
     oldest: str | None = None
     counted: bool = False
     key: str | None = None
-    retry: str | None = None
+    retry: tuple[str, int, int] | None = None
     events: list[Event] | None = None
 
 

@@ -16,6 +16,7 @@ from holdfast import record
 from holdfast.clock import format_ms
 from holdfast.core.collection import Change, Collection
 from holdfast.core.event import Event
+from holdfast.core.retries import Noted, Retries
 from holdfast.core.sales import Sales
 from holdfast.core.wheel import Wheel
 from holdfast.ops import Answer
@@ -36,9 +37,6 @@ answers by idempotency key; the last answers of each client; deleted orders that
 KEY_TTL_MS = 24 * 3600 * 1000
 """How long a repeated op with the same idempotency key gets the first answer (CONTRACT section 6)."""
 
-RETRY_TTL_MS = 3600 * 1000
-"""How long the answers to a client's last request are kept for its next try."""
-
 _CUSTOM_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _RESERVED = {*BUILT_IN, "chat_sessions", "pending_orders", "sales_stats", "manifest", "tokens", "conversations",
              "escalations", "people", "stats", "search", "events", "batch", "admin", "backups", "archive"}  # fmt: skip
@@ -57,7 +55,8 @@ class State:
         sales: as decided.
         seq: of the last event applied.
         session_ttl_ms: the setting; a session with its own ttl does not use it.
-        session_wheel, lease_wheel, key_wheel, retry_wheel: who is to be looked at when.
+        session_wheel, lease_wheel, key_wheel: who is to be looked at when.
+        retries: the answers to each client's last request.
         on_released: called with the session's id, under the engine's lock, whenever a lease is given back.
     """
 
@@ -69,7 +68,6 @@ class State:
         self.users = self.collections[USERS]
         self.leases = self.collections[LEASES]
         self.keys = self.collections[KEYS]
-        self.retries = self.collections[RETRIES]
         self.counted = self.collections[COUNTED]
         self.sales = Sales()
         self.sales_changed_seq = 0
@@ -81,7 +79,7 @@ class State:
         self.session_wheel = Wheel()
         self.lease_wheel = Wheel()
         self.key_wheel = Wheel()
-        self.retry_wheel = Wheel()
+        self.retries = Retries()
         self.on_released: Callable[[str], None] = lambda id: None
 
     def collection(self, name: str) -> Collection:
@@ -123,6 +121,7 @@ class State:
             while len(self.collections) > known:
                 self.collections.popitem()
             self.sales, self._sales_pending, self.seq = sales, sales_pending, seq
+            self.retries.undo(seq)
             raise
         finally:
             self._note_changes(None)
@@ -153,6 +152,7 @@ class State:
                 collection.undo()
         self.sales = self.committed_sales
         self._sales_pending = self._sales_writing = None
+        self.retries.undo(seq)
         self.seq = seq
 
 
@@ -168,11 +168,11 @@ def apply(state: State, event: Event, at_ms: int, *, undoable: bool) -> None:
     if event.key is not None:
         _remember_answer(state, event, event.seq, at_ms, undoable)
     elif event.retry is not None:
-        _remember_retry(state, event, event.seq, at_ms, undoable)
+        _note_retry(state, event, event.seq, at_ms)
     state.seq = event.seq
 
 
-def answer_of(event: Event, seq: int) -> Answer:
+def answer_of(event: Event | Noted, seq: int) -> Answer:
     """What the client is told about *event*; a pure function, so that a repeat is told the same after a restart."""
     version = event.version
     if event.until is not None:
@@ -269,7 +269,7 @@ def _batch_applied(state: State, event: Event, seq: int, at_ms: int, undoable: b
         if member.key is not None:
             _remember_answer(state, member, seq, at_ms, undoable)
         elif member.retry is not None:
-            _remember_retry(state, member, seq, at_ms, undoable)
+            _note_retry(state, member, seq, at_ms)
 
 
 def _remember_answer(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
@@ -282,17 +282,11 @@ def _remember_answer(state: State, event: Event, seq: int, at_ms: int, undoable:
     state.key_wheel.schedule(event.key, at_ms + KEY_TTL_MS)
 
 
-def _remember_retry(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+def _note_retry(state: State, event: Event, seq: int, at_ms: int) -> None:
     assert event.retry is not None
-    slot, _, number = event.retry.rpartition("/")
-    answer = answer_of(event, seq)
-    kept = {"id": slot, "number": int(number), "op": event.op, "target": event.id, "at": at_ms}
-    kept |= {"status": answer.status, "seq": seq, "version": answer.version}
-    if answer.generation is not None:
-        kept |= {"generation": answer.generation, "expires_at": answer.expires_at}
-    line = record.join(orjson.dumps(kept), 1)
-    if state.retries.set(slot, line, seq, undoable=undoable) is None:
-        state.retry_wheel.schedule(slot, at_ms + RETRY_TTL_MS)
+    client, index, number = event.retry
+    noted = Noted(event.op, event.id, event.version, seq, event.generation, event.until)
+    state.retries.note(client, index, number, noted, at_ms)
 
 
 _Applier = Callable[[State, Event, int, int, bool], None]

@@ -76,18 +76,20 @@ class Tail:
     def _take(self, block: bytes, last_seq: int) -> list[JournalLine]:
         lines: list[JournalLine] = []
         start = 0
-        while self.position < last_seq:
+        seq = self.position
+        while seq < last_seq:
             end = block.find(b"\n", start)
             if end < 0 and lines:
                 break
             payload = decode_line(block[start:end]) if end >= 0 else None
-            if payload is None or seq_of(payload) != self.position + 1:
+            if payload is None or not payload.startswith(b'{"seq":%d,' % (seq + 1)):
                 if lines:
                     break  # what was whole is handed out; the next call tells
                 raise self._gone("is damaged")
-            self.position += 1
-            lines.append(JournalLine(self.position, payload))
+            seq += 1
+            lines.append(JournalLine(seq, payload))
             start = end + 1
+        self.position = seq
         self._offset += start
         return lines
 

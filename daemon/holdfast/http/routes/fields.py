@@ -90,9 +90,11 @@ def durability(request: Request, query: dict[str, str]) -> CallDurability | None
     """The durability this call asks for; None leaves it to the setting.
 
     Raises:
-        BadRequest: neither ``always`` nor ``everysec``.
+        BadRequest: neither ``always`` nor ``everysec``, or one by its header and the other in the query.
     """
-    asked = query["durability"] if "durability" in query else request.headers.get("Holdfast-Durability")
+    asked = request.headers.get("Holdfast-Durability")
+    if "durability" in query:
+        asked = _agreed(asked, query["durability"], "Holdfast-Durability and ?durability=")
     if asked is None:
         return None
     for known in _DURABILITIES:
@@ -120,7 +122,9 @@ def add_conditions(op: dict[str, Any], request: Request, query: dict[str, str], 
     if key is not None:
         op["idempotency_key"] = key
     if takes_lease:
-        generation = query["lease"] if "lease" in query else headers.get("Holdfast-Lease")
+        generation = headers.get("Holdfast-Lease")
+        if "lease" in query:
+            generation = _agreed(generation, query["lease"], "Holdfast-Lease and ?lease=")
         if generation is not None:
             op["lease"] = integer(generation, "Holdfast-Lease")
     if "ttl" in query:
@@ -205,6 +209,13 @@ def since_ms(query: dict[str, str], backend: Backend) -> int | None:
         except (ValueError, OverflowError):
             continue
     raise BadRequest(f"expected since as ISO 8601, such as 2026-11-21T06:00:00Z, found {text!a:.80}")
+
+
+def _agreed(first: str | None, second: str, where: str) -> str:
+    """What two places say; neither wins in silence."""
+    if first is not None and first != second:
+        raise BadRequest(f"expected {where} to be equal, or one of them only, found {first!a:.80} and {second!a:.80}")
+    return second
 
 
 def _version(tag: str) -> int:

@@ -356,7 +356,13 @@ async def release(backend: Backend, request: Request, place: Place) -> Reply:
     """Give the lease of a session back."""
     query = request.query()
     body = await _body(backend, request, ReleaseBody)
-    generation = body.generation if "generation" not in query else integer(query["generation"], "generation")
+    generation = body.generation
+    if "generation" in query:
+        generation = integer(query["generation"], "generation")
+        if body.generation not in (None, generation):
+            raise BadRequest(
+                f"expected one generation, found ?generation={generation} and {body.generation} in the body"
+            )
     if generation is None:
         raise BadRequest("expected the generation of the lease, as ?generation= or in the body; found none")
     op = SessionRelease(id=place.id, generation=generation, idempotency_key=idempotency_key(request))
