@@ -14,7 +14,7 @@ import orjson
 import pytest
 
 from holdfast.cli.connection import Daemon, path_of
-from holdfast.settings import UnixAddress
+from holdfast.client.address import address_of
 from tests.cli_harness import (
     HOLDFAST,
     Terminal,
@@ -36,7 +36,7 @@ def cwd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def at(cwd: Path) -> Daemon:
     """The daemon of *cwd*, asked beside the command line."""
-    return Daemon(UnixAddress(cwd / "data" / "holdfast.sock"), None, None)
+    return Daemon(address_of(f"unix:{cwd / 'data' / 'holdfast.sock'}"), None, None)
 
 
 def stored(cwd: Path, *segments: str) -> Any:

@@ -22,7 +22,7 @@ import pytest
 from holdfast.cli.bench import COLLECTION
 from holdfast.cli.connection import Daemon
 from holdfast.cli.show import bar, printable, readable_size, readable_span, shortened
-from holdfast.settings import UnixAddress
+from holdfast.client.address import address_of
 from tests.cli_harness import (
     HOLDFAST,
     Terminal,
@@ -53,7 +53,7 @@ def cwd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def ask(cwd: Path, method: str, path: str, value: Any = None) -> dict[str, Any]:
     """Ask the daemon of *cwd* beside the command line."""
-    daemon = Daemon(UnixAddress(cwd / "data" / "holdfast.sock"), None, None)
+    daemon = Daemon(address_of(f"unix:{cwd / 'data' / 'holdfast.sock'}"), None, None)
     return daemon.request(method, path, body=None if value is None else orjson.dumps(value))
 
 

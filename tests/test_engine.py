@@ -634,6 +634,26 @@ def test_a_disk_short_of_room_keeps_no_history(tmp_path: Path, monkeypatch: pyte
         assert not list(kept.iterdir())
 
 
+def test_a_flush_does_not_fail_for_want_of_room_for_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an inode for the directory it gives the history up, as it would without bytes."""
+    log = Log()
+    with running(tmp_path, log=log) as engine:
+        do(engine, put("1"))
+        mkdir = os.mkdir
+
+        def no_inodes(path: Any, *arguments: Any, **named: Any) -> None:
+            if path == "kept":
+                raise OSError(28, "No space left on device")
+            mkdir(path, *arguments, **named)
+
+        monkeypatch.setattr(os, "mkdir", no_inodes)
+        engine.flush("api")
+
+        assert engine.degraded == []
+        assert [path.name for path in (tmp_path / "journal").iterdir()] == [f"{2:020d}.jsonl"]
+    assert log.named("journal.keep_failed")
+
+
 def test_a_start_does_not_look_at_kept_history(tmp_path: Path) -> None:
     """Whatever became of it: the data is whole, seqs go on."""
     log = Log()

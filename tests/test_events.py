@@ -21,7 +21,6 @@ from holdfast.http.auth import TokenStore
 from tests.http_harness import ANSWER_S, Served, serve_and, serving
 
 
-
 class Block(NamedTuple):
     """What stands between two empty lines of a stream; fields that do not are empty."""
 

@@ -100,6 +100,43 @@ def test_every_acknowledged_change_is_shown_once_in_order(tmp_path: Path) -> Non
     assert [event.seq for event in seen] == list(range(1, len(seen) + 1))
 
 
+def test_readers_of_every_pace_get_the_same_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that keep up share what is read, those that fall behind or jump ahead read for themselves: nobody can tell."""
+    monkeypatch.setattr("holdfast.feed.SHARED_BYTES_MAX", 3_000)
+    seen: dict[int, list[tuple[int, str | None]]] = {}
+
+    def follow(number: int, events: Events) -> None:
+        rng = random.Random(SEED + number)
+        found = seen[number] = []
+        for event in events:
+            found.append((event.seq, event.id))
+            if rng.random() < number / 200:
+                time.sleep(0.002)
+
+    with running(tmp_path, journal_keep=0) as engine:
+        streams = [engine.events(0, ids=["1", "2", "3"] if number == 4 else ()) for number in range(5)]
+        threads = [threading.Thread(target=follow, args=(number, events)) for number, events in enumerate(streams)]
+        for thread in threads:
+            thread.start()
+        written = []
+        rng = random.Random(SEED)
+        for n in range(400):
+            ids = [str(rng.randrange(9)) for _ in range(rng.choice((1, 1, 1, 5)))]
+            do_together(engine, *(put(id, n=n) for id in ids))
+            written += [(n + 1, id) for id in ids]
+            if n % 100 == 99:
+                engine.flush("api")
+        until(lambda: all(events.position == 400 for events in streams))
+        for events in streams:
+            events.close()
+        for thread in threads:
+            thread.join(ANSWER_S)
+
+    for number in range(4):
+        assert seen[number] == written
+    assert seen[4] == [(seq, id) for seq, id in written if id in ("1", "2", "3")]
+
+
 def test_an_event_tells_what_became(tmp_path: Path) -> None:
     """The line of the journal, decoded."""
     with running(tmp_path) as engine, engine.events() as events:

@@ -1,7 +1,7 @@
 """The event stream inside the process: every event once it is durable, in order, to any number of readers.
 
-Readers read the journal itself, each at its own pace; what is shared is only the news that there is more of it. A
-reader keeps the journal from its position on, as long as it reads.
+Readers read the journal itself, each at its own pace; those that keep up share what was read last. A reader keeps the
+journal from its position on, as long as it reads.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from holdfast.flush import Flusher
 
 STREAM_OPS = EVENT_OPS - {"batch"}
 """The ops that a reader may meet; a batch comes as its members."""
+
+SHARED_BYTES_MAX = 128 << 10
+"""Of the newest events, for all readers that keep up; who is further behind reads for itself."""
 
 HOLD_S = 60.0
 """A reader that takes nothing for so long keeps the journal no more."""
@@ -69,29 +72,38 @@ class Selection:
         self._ids = frozenset(ids)
         self._has_ops = bool(ops)
 
-    def parts_of(self, line: JournalLine) -> list[Part]:
-        """What is wanted of *line*; of a batch the members, completed by seq and time of the batch."""
-        op = _op_of(line.payload)
-        if op != "batch":
-            return [Part(line.seq, op, line.payload, True)] if self._takes(op, line.payload) else []
-        batch = _decode_batch(line.payload)
-        shared = b'{"seq":%d,"at":"%b",' % (line.seq, batch.at.encode())
-        parts = []
-        for raw in map(bytes, batch.events):
-            op = _op_of(raw)
-            if self._takes(op, raw):
-                parts.append(Part(line.seq, op, shared + raw[1:], False))
-        if parts:
+    def chosen(self, line: list[Part]) -> list[Part]:
+        """What is wanted of the parts of one *line*."""
+        if not self._has_ops and not self._ids:
+            return line
+        parts = [part for part in line if self._takes(part)]
+        if parts and not parts[-1].ends_line:
             parts[-1] = parts[-1]._replace(ends_line=True)
         return parts
 
-    def _takes(self, op: str, payload: bytes) -> bool:
-        if self._has_ops and op not in self._ops and not op.startswith(self._prefixes):
+    def _takes(self, part: Part) -> bool:
+        if self._has_ops and part.op not in self._ops and not part.op.startswith(self._prefixes):
             return False
         if not self._ids:
             return True
-        subject = _decode_subject(payload)
+        subject = _decode_subject(part.payload)
         return subject.id in self._ids or not self._ids.isdisjoint(subject.ids)
+
+
+def parts_of(line: JournalLine) -> list[Part]:
+    """What readers meet of *line*: of a batch the members, completed by its seq and time."""
+    op = _op_of(line.payload)
+    if op != "batch":
+        return [Part(line.seq, op, line.payload, True)]
+    batch = _decode_batch(line.payload)
+    shared = b'{"seq":%d,"at":"%b",' % (line.seq, batch.at.encode())
+    parts = [Part(line.seq, _op_of(raw), shared + raw[1:], False) for raw in map(bytes, batch.events)]
+    parts[-1] = parts[-1]._replace(ends_line=True)
+    return parts
+
+
+def _bytes_of(line: list[Part]) -> int:
+    return sum([len(part.payload) for part in line])
 
 
 def _op_of(payload: bytes) -> str:
@@ -119,6 +131,50 @@ _decode_subject = msgspec.json.Decoder(_Subject).decode
 _decode_batch = msgspec.json.Decoder(_Batch).decode
 
 
+class _Shared:
+    """The newest events, read once for all readers that keep up. Thread-safe."""
+
+    def __init__(self, directory: Path) -> None:
+        # Reentrant, since the garbage collector may end a reader in the midst of another's reading.
+        self._guard = threading.RLock()
+        self._lines: deque[list[Part]] = deque()
+        self._bytes = 0
+        self._tail = Tail(directory, 0)
+
+    def read(self, position: int, last_seq: int) -> list[list[Part]] | None:
+        """The parts of the lines from *position* on, none above *last_seq*; None for who must read for itself.
+
+        Raises:
+            Gone: as ``Tail.read``.
+        """
+        with self._guard:
+            tail, lines = self._tail, self._lines
+            if position > tail.position:
+                # Nobody has read what lies between, so nobody shares it.
+                self._begin_at(position)
+            if position == tail.position:
+                for line in map(parts_of, tail.read(last_seq)):
+                    lines.append(line)
+                    self._bytes += _bytes_of(line)
+                while self._bytes > SHARED_BYTES_MAX and len(lines) > 1:
+                    self._bytes -= _bytes_of(lines.popleft())
+            first = tail.position - len(lines)
+            if position < first:
+                return None
+            return list(itertools.islice(lines, position - first, last_seq - first))
+
+    def close(self) -> None:
+        """Nobody reads any more."""
+        with self._guard:
+            self._begin_at(self._tail.position)
+
+    def _begin_at(self, position: int) -> None:
+        self._tail.skip_to(position)
+        self._tail.close()
+        self._lines.clear()
+        self._bytes = 0
+
+
 class Feed:
     """Opens readers, and tells them when there is more. Thread-safe; lives as long as its engine."""
 
@@ -132,6 +188,7 @@ class Feed:
         self._moved = threading.Condition()
         self._waiting: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
         self._readers: dict[str, Reader] = {}
+        self._shared = _Shared(self.directory)
         self._refusal: HoldfastError | None = None
 
     def open(self, after: int | None = None, selection: Selection | None = None) -> Reader:
@@ -211,6 +268,7 @@ class Feed:
             self._readers.pop(name, None)
             if not self._readers:
                 self._committer.on_committed = None
+                self._shared.close()
         self._flusher.unfollow(name)
 
 
@@ -259,10 +317,16 @@ class Reader:
                 return []
             self._read_at = time.monotonic()
             limit = self._limit()
-            lines = self._tail.read(limit, bytes_max)
+            if self._tail.position >= limit:
+                return []
+            lines = self._feed._shared.read(self._tail.position, limit) if self._has_caught_up else None
+            if lines is None:
+                lines = [parts_of(line) for line in self._tail.read(limit, bytes_max)]
+            else:
+                self._tail.skip_to(self._tail.position + len(lines))
             self._has_caught_up = self._has_caught_up or self._tail.position >= limit
-        parts_of = self._selection.parts_of
-        return [part for line in lines for part in parts_of(line)]
+        chosen = self._selection.chosen
+        return [part for line in lines for part in chosen(line)]
 
     async def read_async(self, bytes_max: int = READ_BYTES) -> list[Part]:
         """The same for asyncio: in a thread until it has caught up, since what is new needs no disk to be read."""

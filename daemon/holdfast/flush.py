@@ -19,7 +19,7 @@ from holdfast.commit import Committer
 from holdfast.core.collection import SHARDS, Collection
 from holdfast.core.sales import Sales, encode_sales
 from holdfast.core.state import COMPLETED_ORDERS, COUNTED, KEYS, LEASES, ORDERS, RETRIES, SESSIONS, USERS, State
-from holdfast.disk.files import Directory
+from holdfast.disk.files import FULL_ERRNOS, Directory
 from holdfast.disk.journal import Journal
 from holdfast.disk.snapshot import (
     MANIFEST,
@@ -83,8 +83,7 @@ class Flusher:
         self.followers: dict[str, Callable[[], int]] = {}
         self.journal_keep = 0
         # Who begins to follow either counts in a pruning, or finds what it left.
-        # Reentrant, since the garbage collector may end a reader in the midst of one.
-        self._pruning = threading.RLock()
+        self._pruning = threading.Lock()
         self.flushing_since: float | None = None
         self.last_report: FlushReport | None = None
         self.last_error: Exception | None = None
@@ -126,8 +125,8 @@ class Flusher:
 
     def unfollow(self, name: str) -> None:
         """Keep nothing for *name* any more."""
-        with self._pruning:
-            self.followers.pop(name, None)
+        # Without waiting for a pruning: event loops call this.
+        self.followers.pop(name, None)
 
     def make_room(self) -> None:
         """Give up the history that is kept for readers only; what followers need stays. Errors are told in the log."""
@@ -254,7 +253,14 @@ class Flusher:
     def _retire(self, covered_seq: int, keep_bytes: int) -> int:
         with self._pruning:
             needed_seq = min([covered_seq, *(watermark() for watermark in list(self.followers.values()))]) + 1
-            return self._journal.retire(covered_seq, needed_seq, keep_bytes)
+            try:
+                return self._journal.retire(covered_seq, needed_seq, keep_bytes)
+            except OSError as error:
+                if error.errno not in FULL_ERRNOS:
+                    raise
+                # What only readers want must not make a flush fail for want of room.
+                self._log.warning("journal.keep_failed", reason=str(error))
+                return self._journal.retire(covered_seq, needed_seq, keep_bytes=0)
 
     def _publish(self, staged: dict[str, FileEntry], seq: int) -> None:
         self._settle_interrupted()

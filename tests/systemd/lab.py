@@ -258,6 +258,10 @@ class Service:
         """The property *name*."""
         return self.lab.show(self.unit, name)
 
+    def moment(self, name: str) -> float:
+        """The property *name*, a time, on the clock of time.monotonic."""
+        return int(self.show(f"{name}Monotonic")) / 1e6
+
     def is_active(self) -> bool:
         return self.show("ActiveState") == "active"
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import http.client
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import click
 import msgspec
 import orjson
 
 from holdfast import __version__
+from holdfast.client.address import Address, address_of, token_of
+from holdfast.client.connection import RECEIVE_BYTES, Channel, open_socket
+from holdfast.client.wire import Receiver, Requests, Response, WireError
 from holdfast.errors import (
     BadRequest,
     HoldfastError,
@@ -27,7 +28,7 @@ from holdfast.errors import (
     Unauthorized,
     Unavailable,
 )
-from holdfast.settings import Settings, TcpAddress, UnixAddress, format_duration, load, parse_address
+from holdfast.settings import Settings, UnixAddress, format_duration, load, parse_address
 
 T = TypeVar("T")
 
@@ -37,9 +38,6 @@ DIRECTORY = click.Path(file_okay=False)
 ANSWER_TIMEOUT_S = 10.0
 WORK_TIMEOUT_S = 600.0
 """A flush of a million sessions takes seconds, on a slow disk a minute."""
-
-ANSWER_BYTES_MAX = 64 << 20
-
 
 # What a command tells apart; every other refusal is told by its detail alone. Not SettingsError: refused settings of the
 # daemon are no bad command line.
@@ -61,7 +59,7 @@ class Reply(NamedTuple):
 class Daemon(NamedTuple):
     """Where a daemon listens, with what this caller may show it."""
 
-    address: UnixAddress | TcpAddress
+    address: Address
     token: str | None
     data_dir: Path | None
 
@@ -104,50 +102,32 @@ class Daemon(NamedTuple):
         return object_in(reply.body, self)
 
     def __str__(self) -> str:
-        match self.address:
-            case UnixAddress(path):
-                return f"unix:{path}"
-            case TcpAddress(host, port):
-                return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return str(self.address)
 
 
 class Connection:
-    """One kept-alive connection to a daemon. Thread-compatible; a failed request leaves it closed."""
+    """One kept-alive connection to a daemon. For one thread at a time; a failed request leaves it closed."""
 
     def __init__(self, daemon: Daemon, timeout_s: float) -> None:
         self._daemon = daemon
         self._timeout_s = timeout_s
-        self._headers = {"Accept": "application/json"}
-        if daemon.token:
-            self._headers["Authorization"] = f"Bearer {daemon.token}"
-        match daemon.address:
-            case UnixAddress(path):
-                self._http: http.client.HTTPConnection = _UnixConnection(path, timeout_s)
-            case TcpAddress(host, port):
-                self._http = http.client.HTTPConnection(host, port, timeout=timeout_s)
+        self._requests = Requests(daemon.address.host_header, daemon.token)
+        self._channel = Channel(daemon.address)
 
     def fetch(
         self, method: str, target: str, *, headers: Mapping[str, str] | None = None, body: bytes | None = None
     ) -> Reply:
         """What the daemon answers to *method* on *target*, a path with its query; raises as ``Daemon.fetch``."""
-        sent = self._headers | dict(headers or {})
-        if body is not None:
-            sent["Content-Type"] = "application/json"
+        request = self._requests.render(method, target, body, _lines_of(headers))
         try:
-            self._http.request(method, target, body, sent)
-            response = self._http.getresponse()
-            answer = response.read(ANSWER_BYTES_MAX)
-            if response.length:
-                raise http.client.IncompleteRead(answer, response.length)
+            response = self._channel.exchange(request, self._timeout_s)
         except TimeoutError as error:
-            self.close()
             raise Unavailable(
                 f"{self._daemon} did not answer within {format_duration(self._timeout_s)}; see its log"
             ) from error
-        except (OSError, http.client.HTTPException) as error:
-            self.close()
+        except (OSError, WireError) as error:
             raise Unavailable(self._unreachable(error)) from error
-        return self._checked(response, answer, target)
+        return self._checked(response, target)
 
     def lines(self, target: str, *, headers: Mapping[str, str] | None = None) -> Iterator[bytes]:
         """The lines of a stream as they come, until the daemon ends it.
@@ -156,21 +136,25 @@ class Connection:
             Unavailable: nobody answers, or it broke off, or nothing came for the connection's timeout.
             HoldfastError: the daemon refused; the detail is its own.
         """
+        receiver = Receiver()
+        rest = b""
         try:
-            self._http.request("GET", target, headers=self._headers | dict(headers or {}))
-            response = self._http.getresponse()
-            if response.status != 200:
-                self._checked(response, response.read(ANSWER_BYTES_MAX), target)
-            while line := response.readline():
-                yield line.rstrip(b"\n")
-        except (OSError, http.client.HTTPException) as error:
+            with open_socket(self._daemon.address, self._timeout_s) as opened:
+                opened.sendall(self._requests.render("GET", target, None, _lines_of(headers)))
+                while not receiver.is_whole:
+                    receiver.feed(opened.recv(RECEIVE_BYTES))
+                    if receiver.status == 200:
+                        *whole, rest = (rest + receiver.take_body()).split(b"\n")
+                        yield from whole
+        except (OSError, WireError) as error:
             raise Unavailable(self._unreachable(error)) from error
-        finally:
-            self.close()
+        response = receiver.next()
+        assert response is not None
+        self._checked(response, target)
 
     def close(self) -> None:
         """Close it; the next request opens it again."""
-        self._http.close()
+        self._channel.close()
 
     def __enter__(self) -> Connection:
         return self
@@ -191,24 +175,25 @@ class Connection:
             return f"{daemon} cannot be reached ({error.strerror}); name another with --connect"
         return f"{daemon} broke off without an answer ({error or type(error).__name__}); see the daemon's log"
 
-    def _checked(self, response: http.client.HTTPResponse, body: bytes, target: str) -> Reply:
+    def _checked(self, response: Response, target: str) -> Reply:
+        body = response.body
         if response.status == 204:
             return Reply(None, b"")
         if response.status >= 400:
             raise self._refusal(response, object_in(body, self._daemon), target)
-        if not body.startswith(b"{"):
+        if body and not body.startswith(b"{"):
             # Of a large page no more is looked at here.
             object_in(body, self._daemon)
-        tag = response.headers.get("ETag", "").strip('W/"')
+        tag = response.headers.get("etag", "").strip('W/"')
         return Reply(int(tag) if tag.isascii() and tag.isdigit() else None, body)
 
-    def _refusal(self, response: http.client.HTTPResponse, problem: dict[str, Any], target: str) -> HoldfastError:
+    def _refusal(self, response: Response, problem: dict[str, Any], target: str) -> HoldfastError:
         detail = str(problem.get("detail", f"the daemon answered {response.status}"))
         if response.status == Unauthorized.status:
             return Unauthorized(f"{self._daemon}: {detail}; give a token with HOLDFAST_TOKEN or --token-file")
         is_unknown = response.status == NotFound.status and detail.startswith("no such path")
         if is_unknown or response.status == MethodNotAllowed.status:
-            return HoldfastError(self._other_version(response.headers.get("Server", ""), target))
+            return HoldfastError(self._other_version(response.headers.get("server", ""), target))
         return _TOLD_APART.get(str(problem.get("code")), HoldfastError)(detail)
 
     def _other_version(self, server: str, target: str) -> str:
@@ -260,15 +245,10 @@ def decoded(body: bytes, kind: type[T], daemon: Daemon) -> T:
         raise Unavailable(f"expected a Holdfast daemon at {daemon}, found another answer ({error})") from None
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(os.fspath(self._path))
+def _lines_of(headers: Mapping[str, str] | None) -> str:
+    return "".join(
+        f"{name}: {value}\r\n" for name, value in ({"Accept": "application/json"} | dict(headers or {})).items()
+    )
 
 
 def find_daemon(connect: str | None, data_dir: str | None, token_file: Path | None) -> Daemon:
@@ -280,16 +260,25 @@ def find_daemon(connect: str | None, data_dir: str | None, token_file: Path | No
         SettingsError: the address, token or settings have no meaning.
     """
     if connect is not None:
-        return Daemon(_address_of(connect), _token(token_file, None), None)
+        try:
+            address = address_of(connect)
+        except SettingsError as error:
+            raise SettingsError(f"--connect: {error}") from None
+        return Daemon(address, token_of(None, token_file), None)
     settings = settings_of(data_dir)
     try:
         addresses = [parse_address(address, settings.data_dir) for address in settings.listen]
     except ValueError as error:
         # Such as a directory whose name is too long for a socket in it.
         raise SettingsError(f"listen: {error}") from error
-    address = next((one for one in addresses if isinstance(one, UnixAddress)), addresses[0])
-    first_token = settings.data_dir / "token" if isinstance(address, TcpAddress) else None
-    return Daemon(address, _token(token_file, first_token), settings.data_dir)
+    found = next((one for one in addresses if isinstance(one, UnixAddress)), addresses[0])
+    if isinstance(found, UnixAddress):
+        return Daemon(Address(str(found.path), "", 0, False), token_of(None, token_file), settings.data_dir)
+    token = token_of(None, token_file)
+    first_token = settings.data_dir / "token"
+    if token is None and first_token.exists():
+        token = token_of(None, first_token)
+    return Daemon(Address("", found.host, found.port, False), token, settings.data_dir)
 
 
 def settings_of(data_dir: str | None) -> Settings:
@@ -309,41 +298,6 @@ def settings_of(data_dir: str | None) -> Settings:
         if not known:
             raise
         return Settings(data_dir=Path(known).absolute())
-
-
-def _address_of(connect: str) -> UnixAddress | TcpAddress:
-    if connect.startswith("unix:") and connect != "unix:":
-        try:
-            return parse_address(connect, Path())
-        except ValueError as error:
-            raise SettingsError(f"--connect: {error}") from error
-    try:
-        url = urlsplit(connect)
-        if url.scheme in ("http", "tcp") and url.hostname and url.path in ("", "/"):
-            return TcpAddress(url.hostname, url.port or 8765)
-    except ValueError:
-        pass
-    raise SettingsError(f"--connect: expected unix:PATH or http://HOST:PORT, found {connect!r}")
-
-
-def _token(token_file: Path | None, first_token: Path | None) -> str | None:
-    token = os.environ.get("HOLDFAST_TOKEN") if token_file is None else None
-    source = "HOLDFAST_TOKEN"
-    path = token_file or first_token
-    if not token and path is not None:
-        source = str(path)
-        try:
-            token = path.read_text("ascii", "replace")
-        except FileNotFoundError:
-            if path == token_file:
-                raise SettingsError(f"--token-file: no such file: {path}") from None
-            return None
-    if not token:
-        return None
-    token = token.strip()
-    if not token.isascii() or not token.isprintable() or " " in token:
-        raise SettingsError(f"{source}: expected one token of printable ASCII, found something else")
-    return token
 
 
 def daemon_flags(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-import ssl
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from holdfast.errors import SettingsError
+
+if TYPE_CHECKING:
+    import ssl
 
 PORT = 8765
 SECURE_PORT = 443
@@ -43,7 +45,11 @@ class Address(NamedTuple):
 
     def tls(self) -> ssl.SSLContext | None:
         """For a secure one the system's trust; None for the others."""
-        return ssl.create_default_context() if self.is_secure else None
+        if not self.is_secure:
+            return None
+        import ssl  # here, because it takes as long as everything else that a command imports
+
+        return ssl.create_default_context()
 
 
 def address_of(text: str) -> Address:
@@ -63,7 +69,7 @@ def address_of(text: str) -> Address:
             return Address("", url.hostname, url.port or (SECURE_PORT if is_secure else PORT), is_secure)
     except ValueError:
         pass
-    raise SettingsError(f"expected an address unix:PATH, http://HOST:PORT or https://HOST, found {text!r:.120}")
+    raise SettingsError(f"expected unix:PATH or http://HOST:PORT (https://HOST of a proxy), found {text!r:.120}")
 
 
 def token_of(token: str | None, token_file: str | os.PathLike[str] | None) -> str | None:
@@ -78,7 +84,7 @@ def token_of(token: str | None, token_file: str | os.PathLike[str] | None) -> st
         try:
             token = Path(token_file).read_text("ascii", "replace")
         except OSError as error:
-            raise SettingsError(f"the token file {source} cannot be read: {error.strerror}") from None
+            raise SettingsError(f"the token file {source} cannot be read: {(error.strerror or '').lower()}") from None
     elif token is None:
         source, token = "HOLDFAST_TOKEN", os.environ.get("HOLDFAST_TOKEN")
     if not token:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import ssl
 import struct
 
 from holdfast.client import messages
@@ -106,7 +105,7 @@ def open_socket(address: Address, timeout_s: float) -> socket.socket:
 
 def limit_calls(opened: socket.socket, timeout_s: float) -> None:
     """Let no call on *opened* block for longer than *timeout_s*."""
-    if isinstance(opened, ssl.SSLSocket):
+    if hasattr(opened, "unwrap"):  # of TLS, whose layer takes a call that the kernel ended for one to be repeated
         opened.settimeout(timeout_s)
         return
     # By the kernel and not by settimeout, which adds a poll to every call.

@@ -16,6 +16,7 @@ two to three times the size of a binary encoding; finding a seq inside a segment
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -115,7 +116,7 @@ class Journal:
     @property
     def first_seq(self) -> int:
         """The oldest event that is still there, or the next one when there is none."""
-        return next(iter(self._segments))
+        return min(list(self._segments))
 
     def append(self, batch: bytes, last_seq: int) -> None:
         """Write the lines of *batch*, whose last event has *last_seq*; durable only after ``sync``.
@@ -190,12 +191,12 @@ class Journal:
         Of these, and of those taken out before, the newest are kept for readers: as many as *keep_bytes* allows, and
         every one that holds an event from *needed_seq* on. The others are removed. One thread at a time.
         """
-        retiring = [
-            first for first, following in itertools.pairwise(list(self._segments)) if following <= covered_seq + 1
-        ]
+        # The writing thread may begin another one meanwhile.
+        firsts = list(self._segments)
+        retiring = [first for first, following in itertools.pairwise(firsts) if following <= covered_seq + 1]
         candidates = self._kept | {first: self._segments[first] for first in retiring}
         kept: set[int] = set()
-        total, following = 0, next(first for first in self._segments if first not in retiring)
+        total, following = 0, firsts[len(retiring)]
         for first, size in reversed(candidates.items()):
             total += size
             if total > keep_bytes and following <= needed_seq:
@@ -216,7 +217,9 @@ class Journal:
             return
         with self._directory.subdirectory(KEPT) as kept:
             for first in firsts:
-                self._directory.move(segment_name(first), kept, segment_name(first))
+                # Missing where an earlier try moved it and then failed.
+                with contextlib.suppress(FileNotFoundError):
+                    self._directory.move(segment_name(first), kept, segment_name(first))
                 self._kept[first] = self._segments.pop(first)
 
     def _remove(self, firsts: list[int], directory: Directory, sizes: dict[int, int]) -> None:

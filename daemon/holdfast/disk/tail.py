@@ -67,8 +67,14 @@ class Tail:
             raise self._gone(f"cannot be read: {error.strerror or error}") from error
         return self._take(block, last_seq)
 
+    def skip_to(self, seq: int) -> None:
+        """Go on behind the event *seq*, without reading what lies between."""
+        if seq != self.position:
+            self.position = seq
+            self.close()
+
     def close(self) -> None:
-        """Give the descriptor back; may be called twice."""
+        """Give the descriptor back; may be called twice. The next ``read`` would open its segment again."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import resource
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import tzinfo
@@ -51,12 +52,6 @@ FIRST_REQUEST_S = 0.2
 
 STREAM_END_S = 0.5
 """What streams get at a stop to send what is durable already; their readers resume when we are back."""
-
-BATCH_KEYS_PER_OP = 16
-"""Keys of an op's own, beside those of its record."""
-
-BATCH_DEPTH = 4
-"""Levels of a batch above the records in it."""
 
 log = structlog.get_logger()
 
@@ -169,11 +164,8 @@ class HttpService:
             depth_max=limits.depth,
             keys_max=limits.keys,
         )
-        self.batch_limits = ValueLimits(
-            bytes_max=limits.body_bytes,
-            depth_max=limits.depth + BATCH_DEPTH,
-            keys_max=limits.batch_ops * BATCH_KEYS_PER_OP + limits.body_bytes // 8,
-        )
+        # Each record in it is measured by the engine; to walk the whole body as well would cost more than all the rest.
+        self.batch_limits = ValueLimits(bytes_max=limits.body_bytes, depth_max=sys.maxsize, keys_max=sys.maxsize)
         # Files need descriptors too: a flush must not fail because clients took the last one.
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._connections_max = min(limits.connections, max(1, descriptors // 2))

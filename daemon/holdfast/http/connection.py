@@ -296,6 +296,10 @@ class Connection(web.RequestHandler):
                 await self._send_stream(reply, message)
             except ConnectionError:
                 pass
+            except BaseException:
+                # Not a clean end: the client must not take it for one.
+                self._abort()
+                raise
             finally:
                 self._source = None
                 reply.source.close()

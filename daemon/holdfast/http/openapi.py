@@ -310,13 +310,14 @@ def _refusals(route: Route[Any], is_open: bool) -> _Refusals:
 
 
 def _refusal_of(status: int, by_code: Mapping[str, type[HoldfastError]]) -> _Schema:
-    examples = {}
-    for code in by_code:
+    examples: dict[str, dict[str, Any]] = {}
+    for code, kind in by_code.items():
         detail = _HEADER_TOO_LARGE if status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE else DETAILS[code]
         problem = Problem("about:blank", HTTPStatus(status).phrase, status, code, detail, **_EXTRA.get(code, {}))
-        examples[code] = {"value": msgspec.to_builtins(problem)}
+        about = _markdown(text_of(kind))
+        examples[code] = {"description": about, "value": msgspec.to_builtins(problem)}
     response: _Schema = {
-        "description": " Or: ".join(_markdown(text_of(kind)).replace("\n", " ") for kind in by_code.values()),
+        "description": " Or: ".join(example["description"] for example in examples.values()),
         "content": {
             PROBLEM_JSON: {
                 "schema": {

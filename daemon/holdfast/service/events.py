@@ -87,7 +87,7 @@ EVENTS: dict[str, Event] = {
     "journal.sync_slow": Event("the disk took long to sync; told at most every 30 s", ("duration_ms",)),
     "journal.disk_filled": Event("the disk is full: writes are refused, reads go on", ("action",)),
     "journal.writes_resumed": Event("there is room again, writes are taken again"),
-    "journal.keep_failed": Event("history that only readers want could not be removed", ("reason",)),
+    "journal.keep_failed": Event("history could not be kept for readers, or not be removed", ("reason",)),
     "journal.failed": Event("a fault of ours in the journal thread; the process ends", ("exception",)),
     "clock.jumped": Event("the wall clock ran ahead of the monotonic one; expiry does not believe it", ("ahead_ms",)),
     # Requests.

@@ -8,7 +8,6 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from functools import cache
-from http import HTTPStatus
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +66,6 @@ class Refusal(NamedTuple):
     """An error: a status with its code."""
 
     status: str
-    phrase: str
     code: str
     about: str
     example: str
@@ -110,7 +108,6 @@ class Type(NamedTuple):
     name: str
     about: str
     fields: list[Field]
-    is_open: bool
 
 
 def page(listening: Sequence[str] = (), data_dir: Path = Path("data")) -> bytes:
@@ -185,19 +182,13 @@ class _Reader:
         found = {}
         for response in self._whole["components"]["responses"].values():
             for status, code, example in _problems(response):
-                about = next(text for text in response["description"].split(" Or: ") if text)
-                found[status, code] = Refusal(status, HTTPStatus(int(status)).phrase, code, about, _indented(example))
+                found[status, code] = Refusal(status, code, example["description"], _indented(example["value"]))
         return [found[key] for key in sorted(found)]
 
     def types(self) -> list[Type]:
         schemas = self._whole["components"]["schemas"]
         return [
-            Type(
-                name,
-                schema.get("description", ""),
-                list(self._fields(schema)),
-                schema.get("additionalProperties", True) is not False,
-            )
+            Type(name, schema.get("description", ""), list(self._fields(schema)))
             for name, schema in sorted(schemas.items())
         ]
 
@@ -267,7 +258,7 @@ def _answer(status: str, about: str, content_type: str, content: _Schema | None)
 def _problems(response: _Schema) -> Iterator[tuple[str, str, Any]]:
     """Status, code and example of each error that *response* tells."""
     for code, example in response["content"][PROBLEM_JSON]["examples"].items():
-        yield str(example["value"]["status"]), code, example["value"]
+        yield str(example["value"]["status"]), code, example
 
 
 def _type(schema: _Schema) -> Markup:
