@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 import holdfast
@@ -707,3 +708,24 @@ def test_a_request_holds_what_is_given() -> None:
         b"POST /v1/batch HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer hf_x\r\nA: b\r\n"
         b"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
     )
+
+
+def test_ops_on_one_record_never_overtake_each_other(relay: Relay, tmp_path: Path) -> None:
+    """Whatever else travels beside them, and however often answers are lost."""
+
+    async def body(hf: Any) -> None:
+        rnd = random.Random(SEED)
+        last: dict[str, int] = {}
+        tasks = []
+        for n in range(2_000):
+            id = str(rnd.randrange(20))
+            last[id] = n
+            tasks.append(asyncio.create_task(hf.users.put(id, {"n": n})))
+            if not n % 50:
+                relay.lose += not n % 500
+                await asyncio.sleep(0.001)
+        answers = await asyncio.gather(*tasks)
+        assert {item.id: orjson.loads(item.value)["n"] async for item in hf.users.list()} == last
+        assert sum(answer.status == 201 for answer in answers) == 20
+
+    on_relay(tmp_path, True, body)

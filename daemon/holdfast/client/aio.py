@@ -23,6 +23,12 @@ from holdfast.events import Event
 from holdfast.leases import LEASE_WAIT_MAX_S
 from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Retry, SessionLease
 
+LANES = 2
+"""Requests with ops under way at once."""
+
+SHARED_MIN = 32
+"""Ops that are worth two requests."""
+
 PIPELINE_MAX = 4_096
 """Ops of one pipeline block that may be under way; the block then waits for the first of them."""
 
@@ -189,94 +195,134 @@ class Exchange:
 class _Pending:
     """An op that waits for its request, or for the answer."""
 
-    __slots__ = ("durability", "encoded", "future")
+    __slots__ = ("durability", "encoded", "future", "record")
 
-    def __init__(self, encoded: bytes, durability: Durability | None, future: asyncio.Future[Answer]) -> None:
+    def __init__(
+        self, encoded: bytes, record: str | None, durability: Durability | None, future: asyncio.Future[Answer]
+    ) -> None:
         self.encoded = encoded
+        self.record = record
         self.durability = durability
         self.future = future
 
 
-class Courier:
-    """Carries ops to the daemon: while one request is under way, the next one gathers.
+class _Lane:
+    """One connection for requests one after the other, with the ops that are under way on it."""
 
-    So many tasks share a request, and a sync, without any of them waiting longer than for one request before; and ops
-    happen in the order in which they were called.
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.client = messages.new_client_id()
+        self.number = 0
+        self.batch: list[_Pending] = []
+        self.task: asyncio.Task[None] | None = None
+
+
+class Courier:
+    """Carries ops to the daemon: while requests are under way, the next one gathers.
+
+    So many tasks share a request, and a sync. Two requests may be under way, so that one is written to the disk while
+    the daemon reads the other; but an op never overtakes another one on the same record.
     """
 
-    def __init__(self, remote: AsyncRemote, exchange: Exchange) -> None:
+    def __init__(self, remote: AsyncRemote, dialler: Dialler) -> None:
         self._remote = remote
-        self._exchange = exchange
         self._gathered: deque[_Pending] = deque()
-        self._task: asyncio.Task[None] | None = None
-        self._client = messages.new_client_id()
-        self._number = 0
+        self._lanes = [_Lane(Exchange(dialler)) for _ in range(LANES)]
+        self._is_due = False
 
-    def carry(self, encoded: bytes, durability: Durability | None) -> asyncio.Future[Answer]:
-        """The answer to the op *encoded*. Cancelled before it is sent, the op does not happen."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer] = loop.create_future()
-        self._gathered.append(_Pending(encoded, durability, future))
-        if self._task is None:
-            self._task = loop.create_task(self._run())
+    def carry(self, op: AnyOp, durability: Durability | None) -> asyncio.Future[Answer]:
+        """The answer to *op*. Cancelled before it is sent, the op does not happen.
+
+        Raises:
+            InvalidRecord: its value is nothing that can be kept.
+        """
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._gathered.append(_Pending(messages.encode_op(op), messages.record_of(op), durability, future))
+        self._dispatch_soon()
         return future
 
     async def stop(self) -> None:
-        """Refuse what waits; wait for the request under way to be given up."""
-        task = self._task
-        if task is not None:
+        """Refuse what waits; give up the requests under way."""
+        tasks = [lane.task for lane in self._lanes if lane.task is not None]
+        for task in tasks:
             task.cancel()
-            await asyncio.wait([task])
+        if tasks:
+            await asyncio.wait(tasks)
         self._refuse(self._gathered, Unavailable("closed; connect again"))
         self._gathered.clear()
+        for lane in self._lanes:
+            lane.exchange.close()
 
-    async def _run(self) -> None:
-        try:
-            while self._gathered:
-                batch = self._next_batch()
-                if batch:
-                    await self._send(batch)
-        finally:
-            self._task = None
+    def _dispatch_soon(self) -> None:
+        # After all tasks that can run now have said what they want.
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
 
-    def _next_batch(self) -> list[_Pending]:
-        gathered = self._gathered
+    def _dispatch(self) -> None:
+        self._is_due = False
+        idle = [lane for lane in self._lanes if lane.task is None]
+        under_way = sum(len(lane.batch) for lane in self._lanes)
+        # A few ops behind many are better off with those that come when the many are answered.
+        if not idle or len(self._gathered) * 2 < under_way:
+            return
+        share = len(self._gathered)
+        if len(idle) > 1 and share >= SHARED_MIN:
+            share = -(-share // len(idle))
+        for lane in idle:
+            lane.batch = self._next_batch(min(share, messages.BATCH_OPS_MAX))
+            if lane.batch:
+                lane.task = asyncio.get_running_loop().create_task(self._send(lane))
+
+    def _next_batch(self, ops_max: int) -> list[_Pending]:
+        """The ops that may leave now, in order; those behind another one on their record stay."""
+        busy = {pending.record for lane in self._lanes for pending in lane.batch}
+        busy.discard(None)
         batch: list[_Pending] = []
+        stay: list[_Pending] = []
         size = 0
-        while gathered and len(batch) < messages.BATCH_OPS_MAX and size < messages.BATCH_BYTES_MAX:
-            pending = gathered[0]
-            if batch and pending.durability != batch[0].durability:
-                break
-            gathered.popleft()
-            if not pending.future.cancelled():
-                batch.append(pending)
-                size += len(pending.encoded)
+        gathered = self._gathered
+        while gathered and len(batch) < ops_max and size < messages.BATCH_BYTES_MAX:
+            pending = gathered.popleft()
+            if pending.future.cancelled():
+                continue
+            if pending.record in busy or (batch and pending.durability != batch[0].durability):
+                stay.append(pending)
+                if pending.record is not None:
+                    busy.add(pending.record)
+                continue
+            batch.append(pending)
+            size += len(pending.encoded)
+        gathered.extendleft(reversed(stay))
         return batch
 
-    async def _send(self, batch: list[_Pending]) -> None:
-        self._number += 1
-        body = messages.batch_body([pending.encoded for pending in batch], atomic=False)
+    async def _send(self, lane: _Lane) -> None:
+        batch = lane.batch
+        lane.number += 1
         request = self._remote.requests.render(
             "POST",
             messages.batch_target(batch[0].durability),
-            body,
-            messages.retry_line(Retry(self._client, self._number)),
+            messages.batch_body([pending.encoded for pending in batch], atomic=False),
+            messages.retry_line(Retry(lane.client, lane.number)),
         )
         try:
-            found = messages.outcomes(await self._exchange.response_to(request, self._remote.timeout_s))
+            found = messages.outcomes(await lane.exchange.response_to(request, self._remote.timeout_s))
         except HoldfastError as error:
             self._refuse(batch, error)
-            return
         except BaseException:
             self._refuse(batch, Unavailable("closed while the request was under way; whether it happened is not known"))
             raise
-        for pending, outcome in zip(batch, found, strict=True):
-            if pending.future.done():
-                continue
-            if isinstance(outcome, HoldfastError):
-                pending.future.set_exception(outcome)
-            else:
-                pending.future.set_result(outcome)
+        else:
+            for pending, outcome in zip(batch, found, strict=True):
+                if pending.future.done():
+                    continue
+                if isinstance(outcome, HoldfastError):
+                    pending.future.set_exception(outcome)
+                else:
+                    pending.future.set_result(outcome)
+        finally:
+            lane.batch, lane.task = [], None
+        self._dispatch_soon()
 
     @staticmethod
     def _refuse(batch: Collection[_Pending], error: HoldfastError) -> None:
@@ -332,7 +378,7 @@ class _Pipeline:
     async def add(self, op: AnyOp, durability: Durability | None) -> Answer:
         """Take *op*."""
         try:
-            future = self._remote.courier.carry(messages.encode_op(op), durability or self._durability)
+            future = self._remote.courier.carry(op, durability or self._durability)
         except HoldfastError as error:
             # In its place, so that what was called before is the first refusal when it is refused as well.
             future = asyncio.get_running_loop().create_future()
@@ -365,8 +411,7 @@ class AsyncRemote(AsyncHoldfast):
         self.timeout_s = timeout_s
         self._dialler = Dialler(address, timeout_s)
         self._asking = Exchange(self._dialler)
-        self._carrying = Exchange(self._dialler)
-        self.courier = Courier(self, self._carrying)
+        self.courier = Courier(self, self._dialler)
         self._idle: list[_Own] = []
         self._is_closed = False
 
@@ -377,7 +422,7 @@ class AsyncRemote(AsyncHoldfast):
         """Close the connections; calls under way get Unavailable."""
         self._is_closed = True
         await self.courier.stop()
-        for exchange in (self._asking, self._carrying, *(own.exchange for own in self._idle)):
+        for exchange in (self._asking, *(own.exchange for own in self._idle)):
             exchange.close()
 
     async def ask(self, method: str, target: str) -> Response:
@@ -403,7 +448,7 @@ class AsyncRemote(AsyncHoldfast):
     async def _carried(self, op: AnyOp, durability: Durability | None) -> Answer:
         if self._is_closed:
             self._check_open()
-        return await self.courier.carry(messages.encode_op(op), durability)
+        return await self.courier.carry(op, durability)
 
     async def _perform_together(self, ops: list[AnyOp], durability: Durability | None) -> None:
         body = messages.batch_body([messages.encode_op(op) for op in ops], atomic=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote, urlencode
 
 import msgspec
@@ -90,6 +90,17 @@ def encode_op(op: AnyOp) -> bytes:
         return b'{"op":"session.put","id":%b,"value":%b}' % (_encode(op.id), encoded)
     fields = {name: found for name in op.__struct_fields__ if (found := getattr(op, name)) is not None}
     return _encode({"op": type(op).__struct_config__.tag} | fields | {"value": msgspec.Raw(encoded)})
+
+
+def record_of(op: AnyOp) -> str | None:
+    """The record that *op* is about, under a name that no other record has; None when it is about none."""
+    id = getattr(op, "id", None)
+    if id is None:
+        return None
+    return f"{_KINDS[type(op)]}/{getattr(op, 'collection', '')}/{id}"
+
+
+_KINDS = {kind: kind.__struct_config__.tag.partition(".")[0] for kind in get_args(AnyOp)}
 
 
 def batch_body(ops: list[bytes], *, atomic: bool) -> bytes:
