@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -157,18 +153,3 @@ def test_a_keyword_that_is_no_setting_is_refused(tmp_path: Path) -> None:
     """A typing error never runs as a default."""
     with pytest.raises(errors.SettingsError, match=r"sessions\.tll.*did you mean sessions\.ttl"):
         holdfast.open(tmp_path, sessions={"tll": "2h"})
-
-
-def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
-    """What the README shows a newcomer works as it stands there."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    example = readme.partition("```python\n")[2].partition("```")[0]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-
-    done = subprocess.run(
-        [sys.executable, "-c", example], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert "awaiting_payment" in done.stdout and "119900" in done.stdout
-    assert len(json.loads((tmp_path / "data" / "notes.json").read_text())) == 1000
