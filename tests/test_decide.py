@@ -168,7 +168,7 @@ def test_conditions_on_a_patch_and_a_delete(kind: str) -> None:
 
 @pytest.mark.parametrize("id", ["", "x" * 257, "a\nb", "\0", "\x7f", "\ud800", "a\u2028b"])
 def test_what_cannot_be_an_id_is_refused(id: str) -> None:
-    """By every op that could create something under it."""
+    """By every op that does not need the record to be there."""
     world = World()
     for op in (
         SessionPut(id=id, value={}),
@@ -176,6 +176,7 @@ def test_what_cannot_be_an_id_is_refused(id: str) -> None:
         UserPut(id=id, value={}),
         RecordPut(collection="notes", id=id, value={}),
         SessionLease(id=id),
+        SessionRelease(id=id, generation=1),
     ):
         world.refused(op, InvalidRecord)
 

@@ -28,6 +28,9 @@ def main() -> int:
     parser.add_argument(
         "--dir", type=Path, default=measure.ROOT / "build", help="where to write; the disk is measured too"
     )
+    parser.add_argument(
+        "--dialogues", type=Path, default=measure.ROOT / "tests" / "dialogues.jsonl", help="what sessions hold in row 9"
+    )
     arguments = parser.parse_args()
     try:
         numbers = [int(number) for number in arguments.rows.split(",") if number] or list(ROWS)
@@ -40,7 +43,8 @@ def main() -> int:
     is_failed = False
     with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.dir) as directory:
         say_conditions(console, Path(directory))
-        bench = Bench(Path(directory), [FULL // 100] if arguments.quick else [FULL // 100, FULL // 10, FULL])
+        sizes = [FULL // 100] if arguments.quick else [FULL // 100, FULL // 10, FULL]
+        bench = Bench(Path(directory), sizes, arguments.dialogues.absolute())
         for number, measure_row in rows.items():
             started = time.monotonic()
             print(f"row {number} …", end="", file=sys.stderr, flush=True)

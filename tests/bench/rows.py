@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+import holdfast
 from tests.bench.measure import STARTED_S, environ, exponent, median, run_task, write_and_sync
 from tests.bench.peers import MissingPeerError, bare_handler, put_load, redis_server
 from tests.bench.record import id_of, session_of
@@ -30,6 +32,9 @@ IMPORT_MAX_S, STATUS_MAX_S, READY_MAX_S = 0.080, 0.250, 0.500
 STALL_MAX_S = 0.002
 STOP_GRACE_S = 0.5
 REPEATS = 7
+FEW = 100
+PACED_OPS_S = 2_000
+PACED_S = 5.0
 
 
 class Result(NamedTuple):
@@ -68,11 +73,13 @@ class Bench:
     Attributes:
         directory: for everything that is written.
         sizes: 1 %, 10 % and 100 % of a million sessions, or only the first with ``--quick``.
+        dialogues: a file of recorded dialogues, in the form of ``tests/replay.py``.
     """
 
-    def __init__(self, directory: Path, sizes: list[int]) -> None:
+    def __init__(self, directory: Path, sizes: list[int], dialogues: Path) -> None:
         self.directory = directory
         self.sizes = sizes
+        self.dialogues = dialogues
         self._filled: dict[int, dict[str, Any]] = {}
         self._redis_filled: dict[int, dict[str, Any]] = {}
         self._started: dict[int, dict[str, Any]] = {}
@@ -313,6 +320,81 @@ def row_9(bench: Bench) -> Iterator[Result]:
                 note(Result(9, what, mebibytes(ours), text, ours / peer, at_full(1.1, size), False))
             yield from note.results
     yield from growth(9, "memory beyond an empty process", costs, 1)
+    yield from dialogues(bench)
+
+
+def dialogues(bench: Bench) -> Iterator[Result]:
+    """Memory for sessions as replayed dialogues leave them; GOALS.md has no figure for it."""
+    count = bench.size // 5
+    path, peer_path = bench.place("dialogues"), bench.place("dialogues-redis")
+    found = run_task("holdfast_dialogues", directory=str(path), dialogues=str(bench.dialogues), count=count)
+    ours = run_task("holdfast_start", directory=str(path), size=count)
+    what = f"memory with {count:,} sessions of replayed dialogues, {found['bytes']:.0f} bytes each"
+    beyond = (ours["rss_bytes"] - ours["rss_before_bytes"]) / count
+    text = f"{mebibytes(ours['rss_bytes'])}, {beyond:.0f} bytes a session"
+    with peer_or_note(Result(9, what, text, "", None, None, False)) as note:
+        with redis_server(peer_path, durable=False) as redis:
+            run_task("redis_dialogues", socket=redis.socket, dialogues=str(bench.dialogues), count=count)
+        with redis_server(peer_path, durable=False) as redis:
+            peer = redis.rss_bytes
+        ratio = ours["rss_bytes"] / peer
+        note(
+            Result(
+                9, what, text, f"redis RSS {mebibytes(peer)}", ratio, None, False, note=f"from {bench.dialogues.name}"
+            )
+        )
+    yield from note.results
+
+
+def row_12(bench: Bench) -> Iterator[Result]:
+    """The first page of a list."""
+    few = bench.place("row12")
+    run_task("holdfast_fill", directory=str(few), count=FEW)
+    base = run_task("holdfast_page", directory=str(few), size=FEW, rounds=2_000)["seconds"]
+    costs = [(FEW, base)]
+    for size in bench.sizes:
+        path, _ = bench.holdfast_filled(size)
+        ours = run_task("holdfast_page", directory=str(path), size=size, rounds=200)["seconds"]
+        costs.append((size, ours))
+        what = f"first page of the list of {size:,} sessions"
+        yield Result(12, what, seconds(ours), f"of {FEW}: {seconds(base)}", ours / base, at_full(2, size), False)
+    yield from growth(12, "time of a first page", costs, 0)
+
+
+def row_16(bench: Bench) -> Iterator[Result]:
+    """Latency of single durable puts while everything is flushed."""
+    what = f"p99 of durable puts at {PACED_OPS_S:,}/s during flushes of {bench.size:,} sessions"
+    path = bench.place("row16")
+    shutil.copytree(bench.holdfast_filled(bench.size)[0], path)
+    with serving(path, "unix:") as daemon:
+        arguments = {"address": f"unix:{path / 'holdfast.sock'}", "token": None, "size": bench.size}
+        arguments |= {"seconds": PACED_S, "ops_s": PACED_OPS_S}
+        quiet, busy, flushes = [], [], 0
+        for _ in range(3):
+            quiet.append(run_task("paced_puts", **arguments)["p99"])
+            # A flush rewrites every session as soon as one of them has changed.
+            stop = threading.Event()
+            done: list[int] = []
+            flusher = threading.Thread(target=keep_flushing, args=(path, stop, done))
+            flusher.start()
+            try:
+                busy.append(run_task("paced_puts", **arguments)["p99"])
+            finally:
+                stop.set()
+                flusher.join()
+            flushes += len(done)
+        del daemon
+    ours, usual = median(busy), median(quiet)
+    note = f"{flushes} flushes in {3 * PACED_S:.0f} s; backup and search do not exist yet"
+    yield Result(16, what, seconds(ours), f"without them {seconds(usual)}", ours / usual, 2, False, note=note)
+
+
+def keep_flushing(path: Path, stop: threading.Event, done: list[int]) -> None:
+    """Flush again and again."""
+    with holdfast.connect(f"unix:{path / 'holdfast.sock'}") as hf:
+        while not stop.is_set():
+            done.append(hf.flush().snapshot_seq)
+            stop.wait(0.2)
 
 
 def row_14(bench: Bench) -> Iterator[Result]:
@@ -379,8 +461,10 @@ ROWS: dict[int, Callable[[Bench], Iterator[Result]]] = {
     7: row_7,
     8: row_8,
     9: row_9,
+    12: row_12,
     14: row_14,
     15: row_15,
+    16: row_16,
 }
 
 

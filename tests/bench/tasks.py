@@ -10,7 +10,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from holdfast.recovery import open_engine
 from holdfast.settings import Settings
 from tests.bench.measure import rss_bytes
 from tests.bench.record import SEED, id_of, session_of
+from tests.replay import ops_of, picture_after, read_dialogues
 
 PIPELINE = 100
 IDS = 10_000
@@ -302,6 +303,96 @@ def holdfast_flush(directory: str, size: int, rounds: int) -> dict[str, Any]:
         result[name], result[f"usual_{name}"] = map(list, zip(*pairs, strict=True))
     engine.close(flush=False)
     return result
+
+
+# Row 9 with what bots really keep.
+
+
+def dialogue_sessions(dialogues: str, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """*count* sessions as replayed dialogues leave them, each with an id of its own; *dialogues* is a file of them."""
+    known = read_dialogues(Path(dialogues))
+    for number in range(count):
+        dialogue = known[number % len(known)]
+        # Dialogues are met in the middle as often as at their end.
+        turns = dialogue["turns"][: 1 + number % len(dialogue["turns"])]
+        kept = picture_after(ops_of(number, dialogue | {"turns": turns, "transactions": []})).sessions
+        yield from ((id, value) for id, (_, value) in kept.items())
+
+
+def holdfast_dialogues(directory: str, dialogues: str, count: int) -> dict[str, float]:
+    """Memory after a start with sessions of replayed dialogues."""
+    size = 0
+    with holdfast.open(directory) as hf, hf.pipeline():
+        for id, value in dialogue_sessions(dialogues, count):
+            size += len(orjson.dumps(value))
+            hf.sessions.put(id, value)
+    return {"bytes": size / count}
+
+
+def redis_dialogues(socket: str, dialogues: str, count: int) -> dict[str, float]:
+    """The same data in redis, saved to its RDB."""
+    import redis
+
+    client = redis.Redis(unix_socket_path=socket, socket_timeout=600)
+    pipeline = client.pipeline(transaction=False)
+    for number, (id, value) in enumerate(dialogue_sessions(dialogues, count), 1):
+        pipeline.set(id, orjson.dumps(value))
+        if not number % PIPELINE:
+            pipeline.execute()
+    pipeline.execute()
+    client.save()
+    return {}
+
+
+# Row 12.
+
+
+def holdfast_page(directory: str, size: int, rounds: int) -> dict[str, float]:
+    """Seconds of the first page of a list of *size* sessions, as many as a page has when nobody says how many."""
+    with holdfast.open(directory) as hf:
+        assert len(hf.sessions) == size
+        took = []
+        for _ in range(rounds):
+            started = time.perf_counter()
+            page = hf.sessions.page()
+            took.append(time.perf_counter() - started)
+        assert len(page.items) == min(size, 100)
+        return {"seconds": sorted(took)[rounds // 2]}
+
+
+# Row 16.
+
+
+def paced_puts(address: str, token: str | None, size: int, seconds: float, ops_s: float) -> dict[str, Any]:
+    """Latencies of single durable puts that come at *ops_s*, each from the moment when it was due; a request each."""
+    delays: list[float] = []
+
+    async def main() -> float:
+        async with holdfast.aio.connect(address, token=token) as hf:
+            rnd = random.Random(SEED)
+            tasks = set()
+
+            async def put(due: float) -> None:
+                id = id_of(rnd.randrange(size))
+                await hf.sessions.put(id, session_of(id))
+                delays.append(time.perf_counter() - due)
+
+            await hf.sessions.put(id_of(0), session_of(id_of(0)))
+            began = time.perf_counter()
+            for number in range(int(seconds * ops_s)):
+                due = began + number / ops_s
+                wait_s = due - time.perf_counter()
+                if wait_s > 0:
+                    await asyncio.sleep(wait_s)
+                task = asyncio.create_task(put(due))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            await asyncio.gather(*tasks)
+        return 0.0
+
+    run_async(main())
+    delays.sort()
+    return {"p50": delays[len(delays) // 2], "p99": delays[len(delays) * 99 // 100], "longest": delays[-1]}
 
 
 if __name__ == "__main__":

@@ -300,6 +300,7 @@ def _session_lease(state: State, op: SessionLease, rules: Rules, seq: int, now_m
 
 
 def _session_release(state: State, op: SessionRelease, rules: Rules, seq: int, now_ms: int) -> Event | Answer:
+    check_id(op.id, rules)
     lease = _active_lease(state, op.id, now_ms)
     if lease is None:
         return Answer(status=200, seq=seq - 1, id=op.id)
