@@ -70,7 +70,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 
 @schema.exclude(operation_id="events").parametrize()
 @seed(SEED)
-@settings(max_examples=500 if FULL else 5, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200 if FULL else 5, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 def test_every_answer_is_documented(case: Case, target: Target):
     """Whatever is sent, the status, the media type, the headers and the body of the answer are in the document, nothing
     is a 5xx, and what the document forbids is refused."""
