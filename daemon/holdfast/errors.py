@@ -16,11 +16,13 @@ class HoldfastError(Exception):
     Attributes:
         code: stable identifier, the same in Python, over HTTP and in the log.
         status: the HTTP status that carries it.
+        exit_code: of a process that ends because of it (CONTRACT section 4).
         index: of the op in an atomic batch that was refused; None elsewhere.
     """
 
     code: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = 1
     index: int | None = None
 
     @property
@@ -183,24 +185,27 @@ class ForkedProcess(Unavailable):
 
 
 class SettingsError(HoldfastError):
-    """A setting or command line that has no meaning. Nothing was touched. Exit code 2."""
+    """A setting or command line that has no meaning. Nothing was touched."""
 
     code = "invalid_settings"
     status = 422
+    exit_code = 2
 
 
 class DirectoryLocked(HoldfastError):
-    """Another process holds this data directory. Exit code 3."""
+    """Another process holds this data directory."""
 
     code = "directory_locked"
     status = 503
+    exit_code = 3
 
 
 class DataRefused(HoldfastError):
-    """The data cannot be opened safely; nothing was touched. Exit code 4."""
+    """The data cannot be opened safely; nothing was touched."""
 
     code = "data_refused"
     status = 503
+    exit_code = 4
 
 
 def error_of(code: str, detail: str, status: int) -> HoldfastError:

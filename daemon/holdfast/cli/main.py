@@ -11,14 +11,9 @@ from typing import NoReturn
 import click
 
 from holdfast.cli.show import printable
-from holdfast.errors import DataRefused, DirectoryLocked, HoldfastError, SettingsError
+from holdfast.errors import HoldfastError
 
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_LOCKED = 3
-EXIT_REFUSED = 4
-EXIT_INTERRUPTED = 130
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 # Each command by the module that holds it: `holdfast status` must not pay for what only `serve` needs.
 _COMMANDS = {
@@ -46,7 +41,6 @@ _SECTIONS = {
     "What happened": ("tail", "journal"),
 }
 """How the help groups them; the others follow as tools."""
-
 
 SHORT_HELP_CHARS = 200
 """A first sentence is shown whole, on two lines if need be."""
@@ -138,26 +132,13 @@ def _run() -> int:
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except HoldfastError as error:
-        return _told(error.detail, exit_code(error))
+        return _told(error.detail, error.exit_code)
     except OSError:
         raise  # told by main
     except Exception as error:
         # A fault of ours. Where it is goes with it, in the one line that users are promised.
         return _told(f"a fault of this command: {_placed(error)}; please report it", EXIT_FAILED)
     return code if isinstance(code, int) else EXIT_OK
-
-
-def exit_code(error: HoldfastError) -> int:
-    """The exit code that tells *error* to a script."""
-    match error:
-        case SettingsError():
-            return EXIT_USAGE
-        case DirectoryLocked():
-            return EXIT_LOCKED
-        case DataRefused():
-            return EXIT_REFUSED
-        case _:
-            return EXIT_FAILED
 
 
 def _placed(error: Exception) -> str:

@@ -33,6 +33,7 @@ from holdfast.http.routes import declared, records
 from holdfast.http.routes.answers import Refusal
 from holdfast.http.routes.route import Body, Field, Outcome, Route, text_of
 from holdfast.ops import Answer
+from holdfast.settings import LimitSettings
 
 VERSION = "3.1.0"
 
@@ -95,6 +96,8 @@ DETAILS = {
     "storage_full": "no room to write chat_sessions.json: No space left on device; free space, writes resume by themselves",
 }
 """Of each code, what a reply says; the tests provoke them."""
+
+_ID_CHARS_MAX = LimitSettings().id_chars
 
 _REFUSAL_HEADERS = {
     401: {"WWW-Authenticate": {"required": True, "schema": {"type": "string"}, "example": 'Bearer realm="holdfast"'}},
@@ -289,8 +292,8 @@ def _id_of(paths: records.Paths) -> tuple[str, _Schema]:
         "name": "id",
         "in": "path",
         "required": True,
-        "description": f"Of the {noun}, percent-encoded; at most `limits.id_chars` (256) printable characters.",
-        "schema": {"type": "string", "minLength": 1, "maxLength": 256},
+        "description": f"Of the {noun}, percent-encoded; at most `limits.id_chars` ({_ID_CHARS_MAX}) printable characters.",
+        "schema": {"type": "string", "minLength": 1, "maxLength": _ID_CHARS_MAX},
         "example": paths.kind.example.id,
     }
 

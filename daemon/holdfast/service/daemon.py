@@ -19,10 +19,11 @@ import structlog
 
 from holdfast import __version__
 from holdfast.engine import Engine
-from holdfast.errors import DataRefused, DirectoryLocked, HoldfastError, SettingsError, Unavailable
+from holdfast.errors import HoldfastError, SettingsError, Unavailable
 from holdfast.http.app import HttpService
 from holdfast.ops import FlushReport
 from holdfast.recovery import open_engine
+from holdfast.service.flusher import FlushQueue
 from holdfast.service.logging import Log, secure_standard_descriptors
 from holdfast.service.shutdown import FinalStep, ShutdownManager
 from holdfast.service.supervisor import Interval, Supervisor, reason_of, unexpected
@@ -31,7 +32,7 @@ from holdfast.service.threads import in_thread
 from holdfast.service.watch import FileWatch
 from holdfast.settings import LoadedSettings, Settings, changes, reloaded
 
-EXIT_FAILED, EXIT_SETTINGS, EXIT_LOCKED, EXIT_REFUSED = 1, 2, 3, 4
+EXIT_FAILED = 1
 
 EXPIRE_EVERY_S = 10.0
 SIZE_CHECK_EVERY_S = 1.0
@@ -76,7 +77,7 @@ def run(load_settings: Callable[[], LoadedSettings]) -> int:
         # Before there are settings there is no log.
         with contextlib.suppress(OSError):
             os.write(2, f"holdfast: {' '.join(str(error).split())}\n".encode("utf-8", "backslashreplace"))
-        return EXIT_SETTINGS
+        return error.exit_code
     log = Log(loaded.settings.log)
     log.install()
 
@@ -86,7 +87,7 @@ def run(load_settings: Callable[[], LoadedSettings]) -> int:
     try:
         code = loop.run_until_complete(daemon.main())
     except Exception as error:
-        code = daemon.failed(error, EXIT_FAILED)
+        code = daemon.failed(error)
     finally:
         _ignore(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
     _close(loop)
@@ -96,52 +97,6 @@ def run(load_settings: Callable[[], LoadedSettings]) -> int:
         # Somebody's executor has a job that does not end, and the interpreter would wait for it.
         os._exit(code)
     return code
-
-
-class FlushQueue:
-    """Flushes on behalf of all who ask: one runs, at most one waits, and whoever comes meanwhile shares that one.
-
-    As a service it is the last to stop, and leaves no flush behind: the final one is then alone.
-    """
-
-    name = "flusher"
-    stop_deadline_s = 5.0
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._is_stopping = False
-        self._running: asyncio.Task[FlushReport] | None = None
-        self._waiting: asyncio.Task[FlushReport] | None = None
-
-    async def start(self) -> None:
-        """Nothing runs until somebody asks."""
-
-    async def stop(self) -> None:
-        """Refuse further flushes, finish those under way."""
-        self._is_stopping = True
-        under_way = {task for task in (self._running, self._waiting) if task is not None}
-        if under_way:
-            await asyncio.wait(under_way)
-
-    async def flush(self, reason: str) -> FlushReport:
-        """Return once everything that was acknowledged before the call is in the snapshots.
-
-        Raises:
-            Unavailable: stopping; the final flush does it.
-            HoldfastError, OSError: as ``Engine.flush``.
-        """
-        if self._is_stopping:
-            raise Unavailable("stopping; the final flush writes everything")
-        if self._waiting is None:
-            self._waiting = asyncio.create_task(self._flush(reason, self._running))
-        # A caller that gives up takes the flush from nobody else.
-        return await asyncio.shield(self._waiting)
-
-    async def _flush(self, reason: str, before: asyncio.Task[FlushReport] | None) -> FlushReport:
-        if before is not None:
-            await asyncio.wait({before})
-        self._running, self._waiting = self._waiting, None
-        return await in_thread("flush", lambda: self._engine.flush(reason))
 
 
 class _Daemon:
@@ -180,10 +135,8 @@ class _Daemon:
         self._log.info("daemon.started", version=__version__, pid=os.getpid(), data_dir=str(self._settings.data_dir))
         try:
             engine = await self._load()
-        except HoldfastError as error:
-            return self.failed(error, _exit_code(error))
         except Exception as error:
-            return self.failed(error, EXIT_FAILED)
+            return self.failed(error)
         if engine is None:
             return 0 if await self._shutdown.stop() else EXIT_FAILED
         # What was loaded is looked at no more: a million ids would hold up every full collection for 75 ms.
@@ -216,7 +169,8 @@ class _Daemon:
             await supervisor.start()
         except Exception as error:
             await in_thread("close", lambda: engine.close(flush=False))
-            return self.failed(error, EXIT_REFUSED if isinstance(error, DataRefused) else EXIT_FAILED)
+            # An address that cannot be used now may be free in a moment: not the exit code after which nobody tries again.
+            return self.failed(error, EXIT_FAILED if isinstance(error, SettingsError) else None)
         self._http = http
         serving = self._serve_signals(noted)
         self._ready()
@@ -231,7 +185,7 @@ class _Daemon:
         )
         if clean:
             return 0
-        self._log.error("daemon.failed", reason=f"the stop was not clean: {self._shutdown.failure}", exit_code=1)
+        self._log.error("daemon.failed", reason=f"the stop was not clean: {self._shutdown.failure}", exit_code=EXIT_FAILED)
         return EXIT_FAILED
 
     # Start.
@@ -414,10 +368,11 @@ class _Daemon:
 
     # Ends that are not graceful.
 
-    def failed(self, error: Exception, code: int) -> int:
-        """Log *error* as the reason for the exit *code*; return that."""
-        reason = str(error) if code != EXIT_FAILED else reason_of(error)
-        self._log.error("daemon.failed", reason=reason, exit_code=code, exc_info=unexpected(error))
+    def failed(self, error: Exception, code: int | None = None) -> int:
+        """Log *error* as the reason for the exit code, its own unless *code* is given; return that."""
+        if code is None:
+            code = error.exit_code if isinstance(error, HoldfastError) else EXIT_FAILED
+        self._log.error("daemon.failed", reason=reason_of(error), exit_code=code, exc_info=unexpected(error))
         return code
 
     def _journal_broke(self, error: HoldfastError) -> None:
@@ -456,18 +411,6 @@ async def _act_when_noted(noted: asyncio.Event, action: Callable[[], Awaitable[o
             continue  # told in the log
         except Exception as error:
             log.error("signal.failed", reason=reason_of(error), exc_info=unexpected(error))
-
-
-def _exit_code(error: HoldfastError) -> int:
-    match error:
-        case SettingsError():
-            return EXIT_SETTINGS
-        case DirectoryLocked():
-            return EXIT_LOCKED
-        case DataRefused():
-            return EXIT_REFUSED
-        case _:
-            return EXIT_FAILED
 
 
 def _ignore(*numbers: int) -> None:

@@ -8,11 +8,13 @@ from typing import Annotated, Any, Literal, get_args
 from msgspec import Meta
 
 from holdfast.clock import parse_ms
+from holdfast.core.decide import KEY_CHARS_MAX
 from holdfast.errors import BadRequest, VersionMismatch
 from holdfast.http.request import Request
 from holdfast.http.routes.backend import Backend
 from holdfast.http.routes.route import Field
 from holdfast.ops import ANY_VERSION, Retry, Seconds
+from holdfast.settings import LimitSettings
 
 PAGE_DEFAULT = 100
 INTEGER_DIGITS_MAX = 18
@@ -22,12 +24,15 @@ CallDurability = Literal["always", "everysec"]
 _DURABILITIES = get_args(CallDurability)
 _RETRY = re.compile(r"([A-Za-z0-9_-]{8,64})/([0-9]{1,15})")
 
+_LIMITS = LimitSettings()
+"""As they are unless an operator has chosen others; the document cannot know."""
+
 _Generation = Annotated[int, Meta(ge=0, lt=10**INTEGER_DIGITS_MAX)]
 
 LIMIT = Field(
     "limit",
-    f"Most items of the page; {PAGE_DEFAULT} when absent, `limits.page` (1000) at most.",
-    Annotated[int, Meta(ge=1, le=1000)],
+    f"Most items of the page; {PAGE_DEFAULT} when absent, `limits.page` ({_LIMITS.page}) at most.",
+    Annotated[int, Meta(ge=1, le=_LIMITS.page)],
     "2",
 )
 CURSOR = Field("cursor", "Where to go on: the `next` of the page before.")
@@ -58,7 +63,7 @@ LEASE = Field("Holdfast-Lease", "The generation of the lease under which the cal
 IDEMPOTENCY_KEY = Field(
     "Idempotency-Key",
     "A repeat with the same key within 24 hours gets the first answer and changes nothing, also after a restart.",
-    Annotated[str, Meta(min_length=1, max_length=255, pattern="^[!-~]([ -~]*[!-~])?$")],
+    Annotated[str, Meta(min_length=1, max_length=KEY_CHARS_MAX, pattern="^[!-~]([ -~]*[!-~])?$")],
     "3f2a-1",
 )
 RETRY = Field(
