@@ -14,7 +14,7 @@ import pytest
 from holdfast.clock import Clock
 from holdfast.engine import Engine, Ticket
 from holdfast.errors import BadRequest, JournalBroken, NotFound, StorageFull, Unavailable, VersionMismatch
-from holdfast.ops import Durability, OrderPut, SessionDelete, SessionPatch, SessionPut, StatsOrder, UserPut
+from holdfast.ops import Batch, Durability, OrderPut, SessionDelete, SessionPatch, SessionPut, StatsOrder, UserPut
 from tests.engine_harness import ANSWER_S, Disk, HandClock, Log, do, do_together, opened, running, value_of
 
 
@@ -440,3 +440,172 @@ def test_a_flush_after_the_stop_is_refused(tmp_path: Path) -> None:
     for attempt in (lambda: engine.flush("api"), lambda: engine.submit(put()), lambda: engine.page("sessions")):
         with pytest.raises(Unavailable):
             attempt()
+
+
+# Writing in the thread of the caller.
+
+
+def quick(engine: Engine) -> Engine:
+    """*engine*, as if its disk had been quick of late."""
+    engine._committer._usual_sync_s = 0.0
+    return engine
+
+
+@pytest.fixture
+def writers(disk: Disk) -> list[str]:
+    """The names of the threads that write to the journal, from now on."""
+    found: list[str] = []
+    disk.before_write = lambda: found.append(threading.current_thread().name)
+    return found
+
+
+def test_who_is_alone_writes_by_himself(tmp_path: Path, writers: list[str]) -> None:
+    """Without the journal's thread, and durable all the same when the call returns."""
+    with running(tmp_path) as engine:
+        quick(engine)
+        writers.clear()
+        for ticket in (
+            engine.submit(put("1"), at_once=True),
+            engine.submit_batch(Batch(ops=[put("2"), StatsOrder()]), at_once=True),
+            engine.submit_batch(Batch(ops=[put("3"), StatsOrder()], atomic=True), at_once=True),
+        ):
+            assert is_done(ticket)
+        do(engine, put("4"))
+
+        assert writers == [threading.current_thread().name] * 3 + ["holdfast-journal"]
+        assert journaled(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_a_slow_disk_is_left_to_the_thread(tmp_path: Path, disk: Disk, writers: list[str]) -> None:
+    """Until it has been quick for a while, and from the first slow sync on."""
+    delays = [0.0]
+    clock = HandClock()
+    disk.before_sync = lambda: clock.advance(delays[0])
+    with running(tmp_path, clock=clock) as engine:
+        for _ in range(60):
+            engine.submit(put(), at_once=True).wait()
+        assert writers[0] == "holdfast-journal" and writers[-1] == threading.current_thread().name
+        delays[0] = 0.05
+        engine.submit(put(), at_once=True).wait()
+        writers.clear()
+        engine.submit(put(), at_once=True).wait()
+
+        assert writers == ["holdfast-journal"]
+
+
+def test_nobody_leads_while_others_write(tmp_path: Path, disk: Disk, writers: list[str]) -> None:
+    """Whoever comes while the thread is at it waits for it, and shares the next sync."""
+    gate = Gate()
+    with running(tmp_path) as engine:
+        quick(engine)
+        disk.before_sync = gate
+        first = engine.submit(put("1"))
+        assert gate.reached.wait(ANSWER_S)
+        others = [engine.submit(put(str(n)), at_once=True) for n in range(2, 5)]
+        assert not any(map(is_done, others))
+        gate.open.set()
+        for ticket in (first, *others):
+            ticket.wait(ANSWER_S)
+
+        assert writers == ["holdfast-journal"] * 2
+
+
+def test_who_comes_while_a_leader_writes_is_served(tmp_path: Path, disk: Disk, writers: list[str]) -> None:
+    """By the thread, as soon as the leader is done."""
+    gate = Gate()
+    with running(tmp_path) as engine:
+        quick(engine)
+        disk.before_sync = gate
+        leader = threading.Thread(target=lambda: engine.submit(put("1"), at_once=True), name="leader")
+        leader.start()
+        assert gate.reached.wait(ANSWER_S)
+        second = engine.submit(put("2"))
+        assert not is_done(second)
+        gate.open.set()
+        second.wait(ANSWER_S)
+        leader.join(ANSWER_S)
+
+        assert writers == ["leader", "holdfast-journal"]
+
+
+def test_everysec_is_synced_also_when_a_leader_wrote(tmp_path: Path, disk: Disk) -> None:
+    """The thread learns that there is something to sync."""
+    with running(tmp_path, durability="everysec", clock=Clock()) as engine:
+        quick(engine)
+        before = disk.syncs
+        engine.submit(put(), at_once=True).wait()
+        ends_at = time.monotonic() + ANSWER_S
+        while disk.syncs == before and time.monotonic() < ends_at:
+            time.sleep(0.01)
+
+        assert disk.syncs == before + 1
+
+
+def test_a_leader_that_finds_the_disk_full_is_told(tmp_path: Path, disk: Disk) -> None:
+    """As anybody else is, and writes resume."""
+    with running(tmp_path) as engine:
+        quick(engine)
+        disk.fill()
+        with pytest.raises(StorageFull):
+            engine.submit(put(), at_once=True).wait()
+        assert value_of(engine, "sessions", "1") is None
+        disk.free()
+        engine.submit(put(), at_once=True).wait()
+
+        assert value_of(engine, "sessions", "1") is not None
+
+
+def test_a_refused_op_leads_nobody(tmp_path: Path, writers: list[str]) -> None:
+    """The next one is written as if nothing had been."""
+    with running(tmp_path) as engine:
+        quick(engine)
+        with pytest.raises(NotFound):
+            engine.submit(SessionDelete(id="absent"), at_once=True)
+        do(engine, put("1"))
+        assert is_done(engine.submit(put("2"), at_once=True))
+
+        assert writers == ["holdfast-journal", threading.current_thread().name]
+
+
+def test_a_leaders_failed_sync_ends_all_writing(tmp_path: Path, disk: Disk) -> None:
+    """Before anybody is told anything."""
+    with running(tmp_path) as engine:
+        quick(engine)
+        broken: list[Exception] = []
+        engine.on_broken = broken.append
+        disk.fail_sync()
+        with pytest.raises(JournalBroken):
+            engine.submit(put(), at_once=True).wait()
+        with pytest.raises(JournalBroken):
+            engine.submit(put(), at_once=True)
+
+        assert len(broken) == 1
+
+
+def test_leaders_flushes_and_threads_together(tmp_path: Path) -> None:
+    """Whoever writes, everything acknowledged is there once, in order."""
+    with running(tmp_path, clock=Clock()) as engine:
+        stopping = threading.Event()
+
+        def by_thread(name: str) -> None:
+            for n in range(200):
+                engine.submit(put(f"{name}-{n}")).wait(ANSWER_S)
+
+        def flush() -> None:
+            while not stopping.is_set():
+                engine.flush("api")
+
+        others = [threading.Thread(target=by_thread, args=(str(n),)) for n in range(3)]
+        flusher = threading.Thread(target=flush)
+        for thread in (*others, flusher):
+            thread.start()
+        for n in range(300):
+            quick(engine)
+            engine.submit(put(f"leader-{n}"), at_once=True).wait(ANSWER_S)
+        for thread in others:
+            thread.join(ANSWER_S)
+        stopping.set()
+        flusher.join(ANSWER_S)
+    with running(tmp_path) as engine:
+        assert engine.count("sessions") == 900
+        assert engine.status()["seq"] == 900

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from holdfast.clock import Clock
@@ -23,6 +25,12 @@ SYNC_EVERY_S = 1.0
 
 SEGMENT_BYTES = 4 << 20
 """A segment is followed by another at the latest when it has grown to this, since only whole ones can be kept or removed."""
+
+QUICK_SYNC_S = 0.001
+"""Up to this the event loop may do a sync by itself: less than it would take any other request to notice."""
+
+UNKNOWN_SYNC_S = 1.0
+"""What the first syncs have to disprove."""
 
 SLOW_SYNC_S = 0.25
 SLOW_SYNC_LOG_EVERY_S = 30.0
@@ -39,7 +47,7 @@ class Batch:
     """
 
     __slots__ = (
-        "_event", "_futures", "_guard", "began_at", "error", "is_deferred", "is_done", "last_seq", "lines", "needs_sync",
+        "_futures", "_guard", "_threads", "began_at", "error", "is_deferred", "is_done", "last_seq", "lines", "needs_sync",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -51,7 +59,9 @@ class Batch:
         self.is_done = False
         self.error: HoldfastError | None = None
         self._guard = threading.Lock()
-        self._event: threading.Event | None = None
+        # Of each waiting thread a lock that is taken, and released when it may go on: one wake-up, where an Event takes
+        # a second lock that the waker still holds.
+        self._threads: list[threading.Lock] = []
         self._futures: list[asyncio.Future[None]] = []
 
     def wait(self, timeout: float | None) -> None:
@@ -62,12 +72,12 @@ class Batch:
             Unavailable: *timeout* seconds have passed; it may still become so.
         """
         if not self.is_done:
+            waiting = threading.Lock()
             with self._guard:
-                if self._event is None:
-                    self._event = threading.Event()
-                if self._is_finished():
-                    self._event.set()
-            if not self._event.wait(timeout):
+                if not self._is_finished():
+                    waiting.acquire()
+                    self._threads.append(waiting)
+            if not waiting.acquire(timeout=-1 if timeout is None else timeout):
                 raise Unavailable(f"not durable within {timeout} s; it may still become so")
         self._raise_error()
 
@@ -99,8 +109,9 @@ class Batch:
             # A pipeline keeps its batches to its end, and would keep a copy of everything it wrote.
             self.lines = []
             futures, self._futures = self._futures, []
-            if self._event is not None:
-                self._event.set()
+            threads, self._threads = self._threads, []
+        for thread in threads:
+            thread.release()
         loops = {future.get_loop() for future in futures}
         for loop in loops:
             waiting = futures if len(loops) == 1 else [future for future in futures if future.get_loop() is loop]
@@ -151,7 +162,11 @@ class Committer:
         self._broken: JournalBroken | None = None
         self._is_full = False
         self._is_closing = False
-        self._wake = threading.Event()
+        # Not an Event, whose waiter wakes only to wait for the lock that the setter still holds.
+        self._wakes: SimpleQueue[None] = SimpleQueue()
+        self._is_woken = False
+        self._io = threading.Lock()
+        self._usual_sync_s = UNKNOWN_SYNC_S
         self._unsynced_since: float | None = None
         self._busy_since: float | None = None
         self._slow_logged_at = -SLOW_SYNC_LOG_EVERY_S
@@ -180,8 +195,8 @@ class Committer:
             batch = self._gathering
             if (durability or self.durability) == "always":
                 batch.needs_sync = True
-            if not self._wake.is_set():
-                self._wake.set()
+            if not self._is_woken:
+                self._wake()
         line = encode_line(payload)
         if not undoable:
             self.deferred_bytes += len(line)
@@ -232,7 +247,7 @@ class Committer:
                 raise Unavailable("closed; open the data directory again")
             assert self._checkpoint is None, "two checkpoints at once"
             self._checkpoint = checkpoint
-            self._wake.set()
+            self._wake()
         try:
             checkpoint.done.wait()
         except BaseException:
@@ -250,7 +265,7 @@ class Committer:
             StorageFull, JournalBroken: what was acknowledged under ``interval`` is not all on the disk.
         """
         self._is_closing = True
-        self._wake.set()
+        self._wake()
         self._thread.join()
         try:
             if self._broken is None and self._deferred is not None:
@@ -259,52 +274,112 @@ class Committer:
         finally:
             self._journal.close()
 
-    # The writing thread.
+    # Who writes: the journal's thread, or whoever takes the lead while it rests. One at a time.
+
+    def take_lead(self) -> bool:
+        """Whether the caller should write what it is about to add, by ``lead``; called under the lock.
+
+        For a single op the way to the thread and back costs as much as a quick sync. Only where nobody else waits or
+        writes, and where syncs were quick of late, since the caller is the daemon's event loop.
+        """
+        if (
+            self._is_woken
+            or self._gathering.lines
+            or self._writing is not None
+            or self._checkpoint is not None
+            or self._is_closing
+            or self._usual_sync_s > QUICK_SYNC_S
+        ):
+            return False
+        # As if the thread were awake already; whoever comes behind the lead's look wakes it as usual.
+        self._is_woken = True
+        return True
+
+    def lead(self) -> None:
+        """Write what was added since ``take_lead``, in the calling thread; not under the lock.
+
+        The caller must not be interruptible by exceptions from signals.
+        """
+        if not self._io.acquire(blocking=False):
+            self._wake()
+            return
+        try:
+            self._write_once(is_thread=False)
+            if self._unsynced_since is not None:
+                self._wake()  # it has to sync within the second
+        except BaseException as error:
+            self._give_up(error)
+        finally:
+            self._io.release()
 
     def _run(self) -> None:
         try:
             self._write_batches()
         except BaseException as error:
-            # A fault of ours. Whoever waits must not wait for ever, and nothing more may be acknowledged.
-            self._broken = JournalBroken(f"the journal thread failed: {error!r}; restart to recover")
-            self._log.exception("journal.failed")
-            try:
-                self.on_broken(self._broken)
-            finally:
-                self._fail(self._writing or Batch(), self._broken, None)
-                if self._checkpoint is not None:
-                    self._checkpoint.error = self._broken
-                    self._checkpoint.done.set()
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        # A fault of ours. Whoever waits must not wait for ever, and nothing more may be acknowledged.
+        self._broken = JournalBroken(f"the journal thread failed: {error!r}; restart to recover")
+        self._log.exception("journal.failed")
+        try:
+            self.on_broken(self._broken)
+        finally:
+            self._fail(self._writing or Batch(), self._broken, None)
+            if self._checkpoint is not None:
+                self._checkpoint.error = self._broken
+                self._checkpoint.done.set()
+
+    def _wake(self) -> None:
+        self._is_woken = True
+        self._wakes.put(None)
 
     def _write_batches(self) -> None:
         while True:
             # Whatever woke it last may have been the call to close.
             if not self._is_closing:
-                self._wake.wait(self._next_sync_s())
-            self._wake.clear()
-            deferred = checkpoint = None
-            with self.lock:
-                batch, self._gathering = self._gathering, Batch()
-                checkpoint = self._checkpoint
-                # What was deferred precedes what gathered, so it must reach the disk before.
-                if batch.lines or checkpoint:
-                    deferred, self._deferred = self._deferred, None
-                if batch.lines:
-                    self._state.begin_write()
-                    self.measures.ops.begin_write()
-                    self._writing = batch
-                if checkpoint:
-                    checkpoint.seq = self._state.seq
-                    checkpoint.begin(checkpoint.seq)
-                if not (batch.lines or checkpoint) and self._is_closing:
+                with suppress(Empty):
+                    self._wakes.get(timeout=self._next_sync_s())
+            with self._io:
+                if not self._write_once(is_thread=True) and self._is_closing:
                     return
-            self._busy_since = self._clock.monotonic()
-            error = self._write(deferred, batch, checkpoint)
-            self._busy_since = None
+
+    def _write_once(self, *, is_thread: bool) -> bool:
+        """Write what has gathered; whether there was anything. Checkpoints and new segments are left to the thread."""
+        # Before looking: what comes after the look wakes the thread again.
+        self._is_woken = False
+        deferred = checkpoint = None
+        with self.lock:
+            batch, self._gathering = self._gathering, Batch()
+            if is_thread:
+                checkpoint = self._checkpoint
+            # What was deferred precedes what gathered, so it must reach the disk before.
+            if batch.lines or checkpoint:
+                deferred, self._deferred = self._deferred, None
+            if batch.lines:
+                self._state.begin_write()
+                self.measures.ops.begin_write()
+                self._writing = batch
             if checkpoint:
-                self._checkpoint = None
-                checkpoint.error = error
-                checkpoint.done.set()
+                checkpoint.seq = self._state.seq
+                checkpoint.begin(checkpoint.seq)
+        has_work = bool(batch.lines or checkpoint)
+        if not has_work and self._is_closing:
+            return False
+        self._busy_since = self._clock.monotonic()
+        error = self._write(deferred, batch, checkpoint)
+        if error is None and self._journal.segment_bytes >= SEGMENT_BYTES and not checkpoint:
+            if is_thread:
+                # Without room for another file this one grows on, and nobody needs to know.
+                self._rotate()
+            else:
+                self._wake()
+        self._busy_since = None
+        if checkpoint:
+            self._checkpoint = None
+            checkpoint.error = error
+            checkpoint.done.set()
+        return has_work
 
     def _write(self, deferred: Batch | None, batch: Batch, checkpoint: _Checkpoint | None) -> HoldfastError | None:
         """Bring *deferred*, then *batch*, to the disk; the error when that failed and was dealt with."""
@@ -343,12 +418,7 @@ class Committer:
             self.on_broken(error)
             self._fail(batch, error, deferred)
             return error
-        if checkpoint:
-            return self._rotate()
-        if self._journal.segment_bytes >= SEGMENT_BYTES:
-            # Without room for another file this one grows on, and nobody needs to know.
-            self._rotate()
-        return None
+        return self._rotate() if checkpoint else None
 
     def _committed(self, last_seq: int) -> None:
         """Tell those who follow the journal, if there are any, that they may read up to *last_seq*."""
@@ -410,6 +480,7 @@ class Committer:
         took = self._clock.monotonic() - started
         if is_needed:
             self.measures.sync.add(took)
+            self._usual_sync_s += (took - self._usual_sync_s) / 8
         if took >= SLOW_SYNC_S and started - self._slow_logged_at >= SLOW_SYNC_LOG_EVERY_S:
             self._slow_logged_at = started
             self._log.warning("journal.sync_slow", duration_ms=round(took * 1000))

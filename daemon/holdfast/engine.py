@@ -157,10 +157,18 @@ class Engine:
 
     # Changing.
 
-    def submit(self, op: AnyOp, *, durability: Durability | None = None, retry: Retry | None = None) -> Ticket:
+    def submit(
+        self,
+        op: AnyOp,
+        *,
+        durability: Durability | None = None,
+        retry: Retry | None = None,
+        at_once: bool = False,
+    ) -> Ticket:
         """Decide *op*. It is durable, and may be told to its caller, when the ticket's wait ends.
 
-        With *retry*, a repeat of the request gets the first answer and changes nothing.
+        With *retry*, a repeat of the request gets the first answer and changes nothing. With *at_once* the caller's
+        thread may be taken for writing where that is quicker than waiting for the journal's (``Committer.take_lead``).
 
         Raises:
             HoldfastError: refused; nothing was changed. A refusal that rests on what is not durable yet comes from
@@ -168,13 +176,22 @@ class Engine:
         """
         if durability is not None:
             _check_durability(durability)
+        if at_once:
+            return self._submit_at_once(lambda: self._decide_one(op, durability, retry))
         with self._lock:
             if self._refusal is not None:
                 raise self._refusal
-            return self._decide(op, durability, None if retry is None else (retry.client, 0, retry.number))
+            return self._decide_one(op, durability, retry)
 
-    def submit_batch(self, batch: Batch, *, durability: Durability | None = None, retry: Retry | None = None) -> Ticket:
-        """Decide the ops of *batch* in order; they wait together. *retry* as for ``submit``, op by op.
+    def submit_batch(
+        self,
+        batch: Batch,
+        *,
+        durability: Durability | None = None,
+        retry: Retry | None = None,
+        at_once: bool = False,
+    ) -> Ticket:
+        """Decide the ops of *batch* in order; they wait together. *retry*, op by op, and *at_once* as for ``submit``.
 
         An atomic batch is one event, all or nothing. Otherwise refusals stand among the outcomes.
 
@@ -186,41 +203,83 @@ class Engine:
         ops_max = self.settings.limits.batch_ops
         if len(batch.ops) > ops_max:
             raise TooLarge(f"a batch may have {ops_max} ops, this one has {len(batch.ops)}")
+        if at_once:
+            return self._submit_at_once(lambda: self._decide_all(batch, durability, retry))
         with self._lock:
             if self._refusal is not None:
                 raise self._refusal
-            if batch.atomic:
-                return self._decide_together(batch.ops, durability, retry)
-            outcomes: list[Answer | HoldfastError] = []
-            for index, op in enumerate(batch.ops):
-                try:
-                    ticket = self._decide(
-                        op, durability, None if retry is None else (retry.client, index, retry.number)
-                    )
-                except HoldfastError as error:
-                    outcomes.append(error)
-                else:
-                    outcomes.append(ticket.refusal or ticket.outcomes[0])
-            return Ticket(outcomes, self._state.seq, self._committer.in_flight())
+            return self._decide_all(batch, durability, retry)
 
-    def _decide(self, op: AnyOp, durability: Durability | None, retry: tuple[str, int, int] | None) -> Ticket:
-        """Decide and apply one op, under the lock."""
-        state, committer = self._state, self._committer
-        now_ms = self._clock.now_ms()
+    def _submit_at_once(self, decide_under_lock: Callable[[], Ticket]) -> Ticket:
+        leads = False
         try:
-            decided = decide(state, op, self._rules, state.seq + 1, now_ms, retry)
+            with self._lock:
+                if self._refusal is not None:
+                    raise self._refusal
+                leads = self._committer.take_lead()
+                return decide_under_lock()
+        finally:
+            if leads:
+                self._committer.lead()
+
+    def _decide_one(self, op: AnyOp, durability: Durability | None, retry: Retry | None) -> Ticket:
+        state = self._state
+        place = None if retry is None else (retry.client, 0, retry.number)
+        try:
+            answer, batch = self._decide(op, durability, place, self._is_repeat(retry), self._clock.now_ms())
         except HoldfastError as error:
-            self._op_counts.refused[type(op), error.code] += 1
-            in_flight = committer.in_flight()
+            in_flight = self._committer.in_flight()
             if in_flight is None:
                 raise
             # What it rests on may yet be undone, and must not be told before it is durable.
             return Ticket([], state.seq, in_flight, error)
+        return Ticket([answer], state.seq, batch)
+
+    def _decide_all(self, batch: Batch, durability: Durability | None, retry: Retry | None) -> Ticket:
+        if batch.atomic:
+            return self._decide_together(batch.ops, durability, retry)
+        outcomes: list[Answer | HoldfastError] = []
+        now_ms = self._clock.now_ms()
+        place: tuple[str, int, int] | None = None
+        is_repeat = self._is_repeat(retry)
+        for index, op in enumerate(batch.ops):
+            if retry is not None:
+                place = (retry.client, index, retry.number)
+            try:
+                outcomes.append(self._decide(op, durability, place, is_repeat, now_ms)[0])
+            except HoldfastError as error:
+                outcomes.append(error)
+        return Ticket(outcomes, self._state.seq, self._committer.in_flight())
+
+    def _is_repeat(self, retry: Retry | None) -> bool:
+        """Whether this client sent its request before, or a later one; most requests are new."""
+        return retry is not None and self._state.retries.is_repeat(retry.client, retry.number)
+
+    def _decide(
+        self,
+        op: AnyOp,
+        durability: Durability | None,
+        place: tuple[str, int, int] | None,
+        is_repeat: bool,
+        now_ms: int,
+    ) -> tuple[Answer, WriteBatch | None]:
+        """Decide and apply one op, under the lock: its answer, and the batch after which it may be told.
+
+        *place* is the op's in the requests of its client.
+        """
+        state, committer = self._state, self._committer
+        try:
+            decided = decide(state, op, self._rules, state.seq + 1, now_ms, place if is_repeat else None)
+        except HoldfastError as error:
+            self._op_counts.refused[type(op), error.code] += 1
+            raise
         if type(decided) is Answer:
             in_flight = committer.in_flight()
             self._op_counts.of(in_flight is not None)[type(op)] += 1
-            return Ticket([decided], state.seq, in_flight)
+            return decided, in_flight
         assert type(decided) is Event
+        if place is not None and decided.key is None:
+            decided.retry = place
         undoable = committer.is_undoable(durability)
         counts = self._accepted_ops
         if not undoable:
@@ -232,7 +291,7 @@ class Engine:
         seq = decided.seq
         batch = committer.add(payload, seq, durability, undoable=undoable)
         counts[type(op)] += 1
-        return Ticket([answer_of(decided, seq)], seq, batch)
+        return answer_of(decided, seq), batch
 
     def _decide_together(self, ops: list[AnyOp], durability: Durability | None, retry: Retry | None) -> Ticket:
         state, committer = self._state, self._committer

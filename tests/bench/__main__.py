@@ -24,7 +24,7 @@ COLUMNS = ("row", "what", "ours", "peer", "ratio", "goal", "verdict")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Holdfast beside its peers, in one run.")
     parser.add_argument("--rows", default="", help=f"only these, such as 1,2; there are {', '.join(map(str, ROWS))}")
-    parser.add_argument("--quick", action="store_true", help="at 1 % of the size")
+    parser.add_argument("--quick", action="store_true", help="at 1 %% of the size")
     parser.add_argument(
         "--dir", type=Path, default=measure.ROOT / "build", help="where to write; the disk is measured too"
     )

@@ -71,6 +71,11 @@ class Retries:
     def __len__(self) -> int:
         return len(self._clients)
 
+    def is_repeat(self, client: str, number: int) -> bool:
+        """Whether request *number* of *client*, or a later one, has happened at least in part."""
+        known = self._clients.get(client)
+        return known is not None and known.number >= number
+
     def find(self, client: str, index: int, number: int, op: str, id: str) -> Noted | None:
         """What the op *index* of request *number* came to; None when it has not happened.
 
