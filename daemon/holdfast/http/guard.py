@@ -30,6 +30,7 @@ _READING = ("GET", "HEAD", "OPTIONS")
 _LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:]+)(?::[0-9]{1,5})?")
 _HOSTS_REMEMBERED_MAX = 64
+_ACCEPTED_REMEMBERED_MAX = 64
 
 log = structlog.get_logger()
 
@@ -41,6 +42,8 @@ class Guard:
         self._tokens = tokens
         self._names = set(_LOOPBACK_NAMES)
         self._hosts_seen: set[str] = set()
+        # Authorization headers as they were accepted, so that not every request is hashed; until the tokens change.
+        self._accepted: dict[str, Scope] = {}
         self._failures = Throttle(FAILURES_MAX, FAILURES_PERIOD_S)
         self._log_lines = Throttle(LOG_LINES_MAX, 60.0)
 
@@ -51,7 +54,8 @@ class Guard:
     def refresh(self) -> None:
         """Follow a change of the token files; a file that cannot be used leaves the tokens as they were."""
         try:
-            self._tokens.refresh()
+            if self._tokens.refresh():
+                self._accepted.clear()
         except (DataRefused, OSError) as error:
             log.error("tokens.reload_failed", reason=str(error))
 
@@ -85,7 +89,13 @@ class Guard:
             self._hosts_seen.add(host)
 
     def _check_token(self, request: Request) -> None:
-        scope = self._scope(request.headers.get("Authorization", ""))
+        authorization = request.headers.get("Authorization", "")
+        # A guess is found only when all of it is right, so how long the look takes tells nothing.
+        scope = self._accepted.get(authorization)
+        if scope is None:
+            scope = self._scope(authorization)
+            if scope is not None and len(self._accepted) < _ACCEPTED_REMEMBERED_MAX:
+                self._accepted[authorization] = scope
         if scope is None:
             if not self._failures.allows(request.peer, time.monotonic()):
                 raise TooManyRequests("too many requests without a known token from this address; wait a minute")
