@@ -13,8 +13,8 @@ import msgspec
 
 from holdfast.engine import Engine
 from holdfast.errors import SettingsError
-from holdfast.ops import FlushReport
 from holdfast.http.app import HttpService
+from holdfast.ops import FlushReport
 from holdfast.recovery import open_engine
 from holdfast.settings import LimitSettings, Settings
 

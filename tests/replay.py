@@ -11,7 +11,8 @@ its revenue when it succeeded. Several processes send at once, one op at a time 
 Every process keeps the list of what was acknowledged. From these lists alone follows what must be there: every session
 and order field by field, with its version, and the sales figures to the last decimal. With ``--data-dir`` the daemon is
 started here, told to flush by SIGUSR1, stopped by SIGTERM, started again, and compared each time; each ``--kill-at``
-kills it in the middle of the traffic, compares after the restart, then sends what had no answer once more.
+kills it in the middle of the traffic, compares after the restart, then sends what had no answer once more. With ``--events``
+a reader of the event stream, through all of that, must have seen every acknowledged op once, in the order of its process.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import zip_longest
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -530,6 +532,10 @@ class Trial:
             self._traffic_s = before_s + time.monotonic() - started
         return not senders.are_sending()
 
+    def reports(self) -> list[Report]:
+        """The last report of each sender."""
+        return list(self._reports.values())
+
     def collect(self, senders: Senders) -> None:
         """Take the reports of all senders, which are done or lost their connection."""
         senders.reports(self._reports)
@@ -543,6 +549,64 @@ class Trial:
             f"traffic: {len(delays)} ops from {len(self._reports)} processes in {took_s:.1f} s, "
             f"{len(delays) / took_s:.0f} ops/s, p50 {p50:.2f} ms, p99 {p99:.2f} ms, longest {delays[-1] * 1000:.0f} ms"
         )
+
+
+class Reader:
+    """Reads the event stream from its beginning, through the restarts of the daemon."""
+
+    def __init__(self, address: str) -> None:
+        sys.path.insert(0, str(ROOT / "daemon"))
+        import holdfast  # here, because all the rest needs no library
+
+        self._remote = holdfast.connect(address, timeout=READY_S)
+        self._seqs: list[int] = []
+        self._seen: list[Landmark] = []
+        self._failure: BaseException | None = None
+        self._events = self._remote.events(after=0, ops=list(METHODS))
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            for event in self._events:
+                self._seqs.append(event.seq)
+                self._seen.append(landmark(event.op, str(event.id), event.data["value"]))
+        except BaseException as error:
+            self._failure = error
+
+    def finish(self, reports: Iterable[Report], say: Callable[[str], None]) -> list[str]:
+        """Read what is left, and tell how it differs from what the *reports* say was acknowledged."""
+        expected = [[landmark(op.kind, op.id, op.value) for op in report.acknowledged] for report in reports]
+        ends_at = time.monotonic() + READY_S
+        while len(self._seqs) < sum(map(len, expected)) and self._failure is None and time.monotonic() < ends_at:
+            time.sleep(0.01)
+        # What is one too many would come now.
+        time.sleep(0.2)
+        self._remote.close()
+        self._thread.join(READY_S)
+        wrong = [] if self._failure is None else [f"event stream: {self._failure!r}"]
+        if self._seqs != sorted(set(self._seqs)):
+            wrong.append("event stream: not in order, or something twice")
+        for process, landmarks in enumerate(expected):
+            ids = {id for _, id, _ in landmarks}
+            found = [one for one in self._seen if one[1] in ids]
+            if found != landmarks:
+                pairs = zip_longest(landmarks, found)
+                at, (wanted, got) = next((at, pair) for at, pair in enumerate(pairs) if pair[0] != pair[1])
+                wrong.append(f"event stream: op {at} of process {process}: expected {wanted}, found {got}")
+        say(
+            f"event stream: {len(self._seqs)} events, of {sum(map(len, expected))} acknowledged: {len(wrong)} differences"
+        )
+        return wrong
+
+
+Landmark = tuple[str, str, Any]
+"""What tells one op of a dialogue from all others: kind, id, and its turn."""
+
+
+def landmark(kind: str, id: str, value: dict[str, Any]) -> Landmark:
+    """Of an op, or of its event."""
+    return kind, id, (value["pendingData"]["turn"] if kind.startswith("session.") else None)
 
 
 @contextmanager
@@ -561,11 +625,14 @@ def replay_served(
     processes: int,
     kills: Sequence[Moment] = (),
     say: Callable[[str], None] = print,
+    *,
+    reads_events: bool = False,
 ) -> list[str]:
     """Replay against a daemon of our own on *data_dir*; return what went wrong.
 
     Args:
         kills: the moment of each ``kill -9``.
+        reads_events: compare what the event stream shows as well.
     """
     trial = Trial(say)
     daemon = Daemon(data_dir)
@@ -582,6 +649,7 @@ def replay_served(
     try:
         with connected(daemon.addresses, daemon.token) as client:
             trial.note_before(client)
+        reader = Reader(f"unix:{data_dir / 'holdfast.sock'}") if reads_events else None
         for has_come in kills:
             if trial.drive(senders, daemon.addresses, daemon.token, has_come):
                 trial.wrong.append("the traffic ended before the moment of the kill; choose an earlier one")
@@ -601,6 +669,8 @@ def replay_served(
             trial.wrong.append(f"expected a flush by signal, found {flush}")
         with connected(daemon.addresses, daemon.token) as client:
             trial.compare(client, "after the traffic")
+        if reader is not None:
+            trial.wrong += reader.finish(trial.reports(), say)
         stopping = time.monotonic()
         code = daemon.stop(signal.SIGTERM)
         say(f"SIGTERM: exit {code} after {time.monotonic() - stopping:.2f} s")
@@ -644,6 +714,7 @@ def main() -> int:
     where.add_argument("--connect", metavar="ADDRESS", help="a running daemon: unix:PATH or tcp:HOST:PORT")
     parser.add_argument("--token", help="for tcp")
     parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--events", action="store_true", help="compare what the event stream shows as well")
     parser.add_argument("--kill-at", type=float, action="append", default=[], metavar="SECONDS", help="may be repeated")
     arguments = parser.parse_args()
     dialogues = read_dialogues(arguments.dialogues)
@@ -653,12 +724,14 @@ def main() -> int:
     if arguments.connect:
         if arguments.kill_at:
             parser.error("--kill-at needs --data-dir: only a daemon started here may be killed")
+        if arguments.events:
+            parser.error("--events needs --data-dir: the stream of another daemon may begin with what is not ours")
         wrong = replay_connected(dialogues, [arguments.connect], arguments.token, arguments.processes)
     else:
         data_dir: Path = arguments.data_dir.resolve()
         data_dir.parent.mkdir(parents=True, exist_ok=True)
         kills = [after_seconds(moment) for moment in sorted(arguments.kill_at)]
-        wrong = replay_served(dialogues, data_dir, arguments.processes, kills)
+        wrong = replay_served(dialogues, data_dir, arguments.processes, kills, reads_events=arguments.events)
     for one in wrong[:20]:
         print(f"WRONG {one:.1000}")
     print(f"{len(wrong)} wrong" if wrong else "nothing lost, nothing doubled, nothing else")

@@ -205,7 +205,8 @@ def test_two_ways_to_name_a_daemon_are_one_too_many(tmp_path: Path):
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", "expected a Holdfast daemon"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "expected a Holdfast daemon"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", "broke off without an answer"),
-        (b'HTTP/1.1 503 X\r\nContent-Length: 21\r\n\r\n{"detail":"stopping"}', "stopping"),
+        (b'HTTP/1.1 503 X\r\nContent-Length: 42\r\n\r\n{"code":"unavailable","detail":"stopping"}', "stopping"),
+        (b"HTTP/1.1 502 X\r\nContent-Length: 2\r\n\r\n{}", "a server that answers 502"),
     ],
 )
 def test_odd_answers_are_told(tmp_path: Path, answer: bytes, told: str):

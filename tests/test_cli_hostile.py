@@ -237,6 +237,21 @@ def test_closed_streams_are_survived(cwd: Path, stream: str, line: str):
     assert done.returncode in (0, 1, 2)
 
 
+def test_output_that_nobody_can_get_is_told(cwd: Path):
+    """A command that has something to say and a closed stdout fails, as `ls >&-` does."""
+    for line in ("users list --json", "status", "users put said {} --json"):
+        done = subprocess.run(
+            ["sh", "-c", f'"$0" -m holdfast {line} >&-', HOLDFAST[0]],
+            cwd=cwd,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+
+        assert_told_in_one_line(done, 1, "standard output is closed")
+
+
 def test_a_poor_terminal_encoding_is_no_failure(cwd: Path):
     """Where stdout is ASCII, what it lacks is shown escaped."""
     forked("users", "put", "ascii", '{"name": "Ñandú 😀"}', cwd=cwd)

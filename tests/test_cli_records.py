@@ -9,11 +9,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 import pytest
 
-from holdfast.cli.connection import Daemon, path_of
+from holdfast.cli.connection import Daemon
 from holdfast.client.address import address_of
 from tests.cli_harness import (
     HOLDFAST,
@@ -41,12 +42,12 @@ def at(cwd: Path) -> Daemon:
 
 def stored(cwd: Path, *segments: str) -> Any:
     """The value of a record."""
-    return at(cwd).request("GET", path_of(*segments))
+    return at(cwd).fetch("GET", "/v1/" + "/".join(quote(segment, safe="") for segment in segments)).fields()
 
 
 def batch(cwd: Path, ops: list[dict[str, Any]]) -> None:
     """Do many ops at once."""
-    at(cwd).request("POST", "/v1/batch", body=orjson.dumps({"ops": ops}))
+    at(cwd).fetch("POST", "/v1/batch", body=orjson.dumps({"ops": ops}))
 
 
 # One record.

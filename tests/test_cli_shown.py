@@ -54,7 +54,7 @@ def cwd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def ask(cwd: Path, method: str, path: str, value: Any = None) -> dict[str, Any]:
     """Ask the daemon of *cwd* beside the command line."""
     daemon = Daemon(address_of(f"unix:{cwd / 'data' / 'holdfast.sock'}"), None, None)
-    return daemon.request(method, path, body=None if value is None else orjson.dumps(value))
+    return daemon.fetch(method, path, body=None if value is None else orjson.dumps(value)).fields()
 
 
 # stats

@@ -729,3 +729,393 @@ def test_ops_on_one_record_never_overtake_each_other(relay: Relay, tmp_path: Pat
         assert sum(answer.status == 201 for answer in answers) == 20
 
     on_relay(tmp_path, True, body)
+
+
+# What a sceptic tried.
+
+
+SPOILT: dict[str, tuple[Attempt, type[holdfast.HoldfastError]]] = {
+    "an if_version that is none": (lambda hf: hf.users.put("x", {}, if_version="new"), holdfast.InvalidRecord),
+    "more bytes than a body may have": (lambda hf: hf.users.put("x", {"n": "y" * (11 << 20)}), holdfast.TooLarge),
+    "an id that is no text": (lambda hf: hf.users.put("\ud800", {}), holdfast.InvalidRecord),
+    "an endless ttl": (lambda hf: hf.sessions.put("x", {}, ttl=float("inf")), holdfast.InvalidRecord),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_op_that_spoils_its_request_harms_no_other(name: str, is_async: bool, relay: Relay, tmp_path: Path) -> None:
+    """It alone is refused, though it travels with those of other tasks, or of its pipeline."""
+    spoil, expected = SPOILT[name]
+
+    async def body(hf: Any) -> None:
+        if is_async:
+            tasks = [hf.users.put(str(n), {}) for n in range(20)]
+            tasks.insert(7, spoil(hf))
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            refused = [one for one in found if isinstance(one, BaseException)]
+            assert [type(one) for one in refused] == [expected] == [type(found[7])], refused
+        else:
+            with pytest.raises(expected), hf.pipeline():
+                for n in range(20):
+                    hf.users.put(str(n), {})
+                    if n == 7:
+                        spoil(hf)
+        assert await settled(hf.users.count()) == 20
+
+    on_relay(tmp_path, is_async, body)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_daemon_may_allow_less_than_clients_send(is_async: bool, tmp_path: Path) -> None:
+    """With smaller limits of its own, what clients put together by themselves comes in smaller pieces."""
+
+    async def body() -> None:
+        if is_async:
+            async with holdfast.aio.connect(address) as hf:
+                await asyncio.gather(*(hf.users.put(str(n), {}) for n in range(100)))
+        else:
+            with holdfast.connect(address) as hf, hf.pipeline():
+                for n in range(100):
+                    hf.users.put(str(n), {})
+
+    with daemon_in_thread(tmp_path, batch_ops=7) as served:
+        address = f"unix:{served.socket_path}"
+        asyncio.run(asyncio.wait_for(body(), TEST_S))
+        with holdfast.connect(address) as hf:
+            assert len(hf.users) == 100
+
+
+def test_closing_ends_what_tasks_have_under_way(tmp_path: Path) -> None:
+    """Questions, changes in whatever state, a lease that is waited for, an event stream: nobody waits on."""
+
+    async def body() -> None:
+        with holdfast.connect(address) as other:
+            other.sessions.lease("x", ttl=20)
+            for turns in range(6):
+                async with holdfast.aio.connect(address) as hf:
+                    await hf.users.put("a", {})
+                    waiting = [asyncio.create_task(_listed(hf.events())), asyncio.create_task(_leased(hf, "x"))]
+                    await asyncio.sleep(0.05)
+                    quick = [asyncio.create_task(hf.users.get("a")), asyncio.create_task(hf.users.put("b", {}))]
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                found = await asyncio.wait_for(asyncio.gather(*waiting, *quick, return_exceptions=True), 5)
+                assert found[0] == []
+                assert isinstance(found[1], holdfast.Unavailable)
+                for one in found[2:]:
+                    assert not isinstance(one, BaseException) or isinstance(one, holdfast.Unavailable)
+
+    async def _listed(events: Any) -> list[Any]:
+        return [event async for event in events]
+
+    async def _leased(hf: Any, id: str) -> None:
+        async with hf.sessions.lease(id, ttl=5, timeout=20):
+            raise AssertionError("somebody else has it")
+
+    with daemon_in_thread(tmp_path) as served:
+        address = f"unix:{served.socket_path}"
+        asyncio.run(asyncio.wait_for(body(), TEST_S))
+
+
+def test_closing_ends_what_threads_wait_for(tmp_path: Path) -> None:
+    """An event stream, and a call that waits for a daemon that is away."""
+    found: list[Any] = []
+
+    def call() -> None:
+        try:
+            away.users.get("1")
+        except holdfast.HoldfastError as error:
+            found.append(error)
+
+    with daemon_in_thread(tmp_path) as served:
+        hf = holdfast.connect(f"unix:{served.socket_path}")
+        away = holdfast.connect(f"unix:{tmp_path / 'none.sock'}", timeout=TEST_S)
+        events = hf.events()
+        threads = [threading.Thread(target=lambda: found.extend(events)), threading.Thread(target=call)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)
+        started = time.monotonic()
+
+        hf.close()
+        away.close()
+        for thread in threads:
+            thread.join(TEST_S)
+
+        assert time.monotonic() - started < 2
+        assert [str(one) for one in found] == ["closed; connect again"]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_timeout_is_for_all_tries_together(is_async: bool, tmp_path: Path) -> None:
+    """A server that always hangs up late gets no more time than one that never answers."""
+    path = tmp_path / "x.sock"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(10)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                with client:
+                    client.recv(1 << 16)
+                    time.sleep(0.35)
+
+    async def body() -> None:
+        if is_async:
+            async with holdfast.aio.connect(f"unix:{path}", timeout=0.5) as hf:
+                await hf.users.put("1", {})
+        else:
+            with holdfast.connect(f"unix:{path}", timeout=0.5) as hf:
+                hf.users.put("1", {})
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    started = time.monotonic()
+    with pytest.raises(holdfast.Unavailable):
+        asyncio.run(body())
+    took_s = time.monotonic() - started
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join(TEST_S)
+
+    assert took_s < 0.8
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan"), None, "5"])
+def test_a_timeout_that_is_none_is_refused(timeout: Any) -> None:
+    """At once, in both forms."""
+
+    async def body() -> None:
+        async with holdfast.aio.connect("unix:x", timeout=timeout):
+            pass
+
+    with pytest.raises(holdfast.SettingsError, match="seconds above 0"):
+        holdfast.connect("unix:x", timeout=timeout)
+    with pytest.raises(holdfast.SettingsError, match="seconds above 0"):
+        asyncio.run(body())
+
+
+def test_an_answer_to_fewer_ops_is_told(tmp_path: Path) -> None:
+    """Nobody waits for an answer that will not come."""
+
+    async def body() -> None:
+        async with holdfast.aio.connect(address) as hf:
+            with pytest.raises(holdfast.Unavailable, match="answers to 1 ops, found 0"):
+                await asyncio.wait_for(hf.users.put("1", {}), TEST_S)
+
+    address = f"unix:{tmp_path / 'x.sock'}"
+    with answering(tmp_path / "x.sock", http_answer(200, b'{"seq":0,"results":[]}', "holdfast/99.1.0")):
+        asyncio.run(body())
+        with holdfast.connect(address) as hf, pytest.raises(holdfast.Unavailable, match="found 0"):
+            hf.users.put("1", {})
+
+
+class Cutter:
+    """Stands between client and daemon, and cuts each connection after a random number of bytes.
+
+    Attributes:
+        cuts: how many.
+    """
+
+    def __init__(self, path: Path, target: Path, rnd: random.Random, bytes_max: int) -> None:
+        self.cuts = 0
+        self._target = str(target)
+        self._rnd = rnd
+        self._bytes_max = bytes_max
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(100)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.socket(socket.AF_UNIX) as server, contextlib.suppress(OSError):
+            server.connect(self._target)
+            ways = [(client, server), (server, client)]
+            threads = [threading.Thread(target=self._pass_on, args=way, daemon=True) for way in ways]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        left = self._rnd.randrange(1, self._bytes_max)
+        with contextlib.suppress(OSError):
+            while left and (data := source.recv(left)):
+                target.sendall(data)
+                left -= len(data)
+            self.cuts += not left
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def cutter(daemon: Daemon, tmp_path: Path) -> Iterator[Cutter]:
+    """A cutter before a daemon process; its socket is ``tmp_path/relay.sock``."""
+    cutter = Cutter(tmp_path / "relay.sock", daemon.data_dir / "holdfast.sock", random.Random(SEED), 4_000)
+    yield cutter
+    cutter.close()
+
+
+def test_connections_that_break_at_any_byte_lose_nothing(cutter: Cutter, tmp_path: Path) -> None:
+    """Requests and answers cut anywhere: each order counts once, for threads and for tasks, some of which give up."""
+    address = f"unix:{tmp_path / 'relay.sock'}"
+    counted, given_up = [0], [0]
+    failures: list[BaseException] = []
+
+    def thread() -> None:
+        try:
+            for _ in range(200):
+                hf.stats.order("ring")
+                counted[0] += 1
+        except BaseException as error:
+            failures.append(error)
+
+    async def tasks() -> None:
+        rnd = random.Random(SEED)
+
+        async def one() -> None:
+            for _ in range(20):
+                try:
+                    async with asyncio.timeout(rnd.choice([0.002, TEST_S])):
+                        await remote.stats.order("ring")
+                    counted[0] += 1
+                except TimeoutError:
+                    given_up[0] += 1
+
+        async with holdfast.aio.connect(address) as remote:
+            await asyncio.gather(*(one() for _ in range(50)))
+
+    with holdfast.connect(address) as hf:
+        threads = [threading.Thread(target=thread) for _ in range(2)]
+        for worker in threads:
+            worker.start()
+        asyncio.run(asyncio.wait_for(tasks(), TEST_S))
+        for worker in threads:
+            worker.join(TEST_S)
+        orders = hf.stats.sales()["totals"]["allTimeOrders"]
+
+    print(f"{cutter.cuts} cuts, {counted[0]} orders counted, {given_up[0]} given up, {orders} in the figures")
+    assert not failures, failures[0]
+    assert cutter.cuts > 20
+    assert counted[0] + given_up[0] == 1_400
+    assert counted[0] <= orders <= counted[0] + given_up[0]
+
+
+@pytest.mark.parametrize("ops", [[], ["user.*"]])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_stream_that_breaks_at_any_byte_shows_all_once(
+    is_async: bool, ops: list[str], cutter: Cutter, daemon: Daemon, tmp_path: Path
+) -> None:
+    """Also within a batch, of which it had shown a part, and with a reader that looks in for a moment at a time."""
+    address = f"unix:{tmp_path / 'relay.sock'}"
+    seen: list[tuple[int, str]] = []
+
+    async def read() -> None:
+        async with holdfast.aio.connect(address) as remote:
+            events = remote.events(after=0, ops=ops)
+            while not seen or seen[-1][1] != "end":
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.005):
+                        event = await anext(events)
+                        seen.append((event.seq, event.id))
+
+    expected = []
+    with holdfast.connect(f"unix:{daemon.data_dir / 'holdfast.sock'}") as hf:
+        for n in range(200):
+            with hf.atomic():
+                for k in range(n % 7):
+                    (hf.sessions if k % 2 and ops else hf.users).put(f"{n}-{k}", {"text": "y" * 20 * k})
+                    if not (k % 2 and ops):
+                        expected.append(f"{n}-{k}")
+        hf.users.put("end", {})
+        if is_async:
+            asyncio.run(asyncio.wait_for(read(), TEST_S))
+        else:
+            with holdfast.connect(address) as remote, remote.events(after=0, ops=ops) as events:
+                for event in events:
+                    seen.append((event.seq, event.id))
+                    if event.id == "end":
+                        break
+
+    assert [id for _, id in seen] == [*expected, "end"]
+    assert [seq for seq, _ in seen] == sorted(seq for seq, _ in seen)
+    assert cutter.cuts > 10
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_stream_of_nonsense_ends(is_async: bool, tmp_path: Path) -> None:
+    """After the timeout, with the reason, and not without a pause between the tries."""
+    path = tmp_path / "x.sock"
+    connections = [0]
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(10)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                with client:
+                    connections[0] += 1
+                    client.recv(1 << 16)
+                    client.sendall(
+                        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n16\r\nid: 5\n: from event 6\n\n\r\n"
+                    )
+                    time.sleep(0.01)
+                    client.sendall(b"12\r\nid: 6\ndata: {no}\n\n\r\n")
+
+    async def read() -> None:
+        async with holdfast.aio.connect(f"unix:{path}", timeout=0.5) as remote:
+            await anext(remote.events())
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    with pytest.raises(holdfast.Unavailable, match="event that cannot be read"):
+        if is_async:
+            asyncio.run(asyncio.wait_for(read(), TEST_S))
+        else:
+            with holdfast.connect(f"unix:{path}", timeout=0.5) as hf:
+                next(iter(hf.events()))
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join(TEST_S)
+
+    assert 2 < connections[0] < 20
+
+
+def test_threads_make_do_with_few_connections(tmp_path: Path) -> None:
+    """Where the daemon takes fewer than there are threads, one thread goes on with what another has no use for."""
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(20):
+                hf.stats.order("ring")
+        except BaseException as error:
+            failures.append(error)
+
+    with (
+        daemon_in_thread(tmp_path, connections=3) as served,
+        holdfast.connect(f"unix:{served.socket_path}", timeout=10) as hf,
+    ):
+        threads = [threading.Thread(target=work) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(TEST_S)
+        assert not failures, failures[0]
+        assert hf.stats.sales()["totals"]["allTimeOrders"] == 240

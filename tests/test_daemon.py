@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 
+from tests.crash.harness import clean_environ
+
 LOAD = [sys.executable, "-m", "holdfast", "serve"]
-BIG_JOURNAL_OPS = 60_000
 
 
 class Daemon:
@@ -80,6 +81,16 @@ class Daemon:
         self.event("daemon.ready")
         return self
 
+    def answering(self, deadline_s: float = 20.0) -> Daemon:
+        """Return when it answers; for one whose log is not to be seen."""
+        ends_at = time.monotonic() + deadline_s
+        while True:
+            with contextlib.suppress(FileNotFoundError, ConnectionError):
+                if self.request("GET", "/readyz")[0] == 200:
+                    return self
+            assert time.monotonic() < ends_at, self.stderr
+            time.sleep(0.01)
+
     def send(self, *numbers: int) -> None:
         for number in numbers:
             self.process.send_signal(number)
@@ -119,15 +130,6 @@ class Daemon:
         for pipe in (self.process.stdout, self.process.stderr):
             if pipe is not None:
                 pipe.close()
-
-
-def clean_environ() -> dict[str, str]:
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("HOLDFAST_", "NOTIFY_", "WATCHDOG_", "LISTEN_")) and name != "DATA_DIR"
-    }
-    return environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 Start = Callable[..., Daemon]
@@ -438,50 +440,6 @@ def test_a_request_in_flight_is_finished(start: Start, tmp_path: Path) -> None:
     assert start().ready().request("GET", "/v1/sessions/1")[0] == 200
 
 
-def grown_journal(start: Start, ops: int) -> Path:
-    """A data directory whose journal holds *ops* events that no snapshot has."""
-    daemon = start().ready()
-    for first in range(0, ops, 10_000):
-        batch = [
-            {"op": "session.put", "id": f"57{number:010}", "value": {"currentState": "catalog", "cart": "x" * 200}}
-            for number in range(first, min(first + 10_000, ops))
-        ]
-        status, answer = daemon.request("POST", "/v1/batch", {"atomic": False, "ops": batch})
-        assert status == 200, answer
-    daemon.process.kill()
-    daemon.wait()
-    return daemon.data_dir
-
-
-def test_a_stop_while_loading_writes_nothing(start: Start, tmp_path: Path) -> None:
-    """SIGTERM at any moment of the start ends it within 2 s, with exit 0, and leaves every byte as it was."""
-    original = grown_journal(start, BIG_JOURNAL_OPS)
-    before = snapshot_of(original)
-    copy = tmp_path / "copy"
-    shutil.copytree(original, copy, ignore=shutil.ignore_patterns("*.sock"))
-    undisturbed = start(data_dir=copy).ready()
-    loading_s = undisturbed.event("daemon.ready")["duration_ms"] / 1000
-    assert undisturbed.stop() == 0
-
-    slowest_s, stopped_early = 0.0, 0
-    for percent in range(10, 100, 10):
-        daemon = start()
-        daemon.event("daemon.started")
-        time.sleep(loading_s * percent / 100)
-        sent_at = time.monotonic()
-        daemon.send(signal.SIGTERM)
-        assert daemon.wait() == 0
-        slowest_s = max(slowest_s, time.monotonic() - sent_at)
-        if "daemon.ready" in daemon.names():
-            break  # too late; from here on it is a stop like any other
-        stopped_early += 1
-        assert daemon.names()[-1] == "shutdown.completed"
-        assert snapshot_of(original) == before, f"changed by a stop at {percent} % of the start"
-
-    print(f"{stopped_early} stops within a start of {loading_s:.2f} s, slowest exit after {slowest_s:.2f} s")
-    assert stopped_early > 0 and slowest_s < 2
-
-
 # What hangs.
 
 SCRIPT = """
@@ -670,8 +628,7 @@ def test_a_stalled_reader_of_stdout_stalls_nothing(start: Start) -> None:
     read_end, write_end = os.pipe()
     daemon = start("--set", "log.level=debug", stdout=write_end)
     os.close(write_end)
-    while not (daemon.data_dir / "holdfast.sock").exists():
-        time.sleep(0.01)
+    daemon.answering()
 
     slowest_s = 0.0
     for number in range(300):
@@ -689,11 +646,7 @@ def test_a_stalled_reader_of_stdout_stalls_nothing(start: Start) -> None:
 def test_a_closed_stdout_harms_no_file(start: Start, tmp_path: Path) -> None:
     """Started with stdin, stdout and stderr closed, no log line ends up in a file of the data directory."""
     daemon = start(wrapper=["bash", "-c", 'exec "$@" <&- >&- 2>&-', "closed"])
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "data" / "holdfast.sock").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.2)
+    daemon.answering()
     daemon.put("573001234567", currentState="catalog")
     code = daemon.stop()
 

@@ -423,7 +423,7 @@ def test_more_streams_than_the_limit_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_takes_nothing_is_dropped_while_others_go_on(tmp_path: Path) -> None:
-    """What waits for it is bounded; it is cut off after limits.stream_stall, told in the log, and may resume."""
+    """What waits for it is bounded; it is cut off after limits.stream_stall, told in log and metrics, and may resume."""
 
     async def scenario(served: Served) -> None:
         stuck = socket.socket(socket.AF_UNIX)
@@ -447,6 +447,8 @@ def test_a_reader_that_takes_nothing_is_dropped_while_others_go_on(tmp_path: Pat
             assert seqs == list(range(1, count + 1))
             dropped = [line for line in logs if line["event"] == "stream.dropped"]
             assert len(dropped) == 1 and dropped[0]["lag"] > 0
+            metrics = (await served.ask("GET", "/metrics")).body.splitlines()
+            assert {b"holdfast_http_streams 1.0", b"holdfast_http_streams_dropped_total 1.0"} <= set(metrics)
         received = b""
         with contextlib.suppress(ConnectionError):
             while part := await loop.sock_recv(stuck, 1 << 20):

@@ -83,6 +83,17 @@ def test_a_unit_of_a_user_needs_nothing_of_the_system(unit: Path, monkeypatch: p
     assert ("WantedBy", "sockets.target" if unit.suffix == ".socket" else "default.target") in settings
 
 
+@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.suffix == ".service"], ids=lambda path: path.name)
+def test_a_crash_loop_never_ends_for_good(unit: Path) -> None:
+    """Restarts after crashes come too slowly for systemd's start limit; it is there for starts that follow at once."""
+    settings = dict(settings_of(unit.read_text()))
+
+    starts_max = int(settings["StartLimitBurst"])
+
+    assert settings["Restart"] == "on-failure"
+    assert starts_max * int(settings["RestartSec"]) >= int(settings["StartLimitIntervalSec"]) > 0
+
+
 def test_a_user_may_have_moved_their_directories(monkeypatch: pytest.MonkeyPatch) -> None:
     """The XDG variables say where a user's units, settings and data are."""
     monkeypatch.setenv("XDG_CONFIG_HOME", "/srv/config")

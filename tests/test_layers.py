@@ -119,6 +119,17 @@ def test_a_library_is_imported_where_it_belongs(module: Path):
         assert place.startswith(IMPORTED_IN[library]), f"{place} imports {library}"
 
 
+def test_the_readme_leads_to_every_module():
+    """Its reading order leaves out no module that stands for itself, and no group."""
+    readme = (PACKAGE.parent.parent / "README.md").read_text()
+    order = readme.partition("Read the source in this order")[2]
+
+    for path in modules():
+        name = path.relative_to(PACKAGE).parts[0]
+        place = f"`{name}`" if name.endswith(".py") else f"`{name}/"
+        assert place in order or name == "__main__.py", f"the README's reading order does not name {name}"
+
+
 def test_deciding_and_applying_touch_nothing_outside():
     """core/ has no clock, no thread, no file, no randomness: the same op in the same state is always the same event."""
     for module in (PACKAGE / "core").glob("*.py"):

@@ -548,3 +548,63 @@ def test_events_show_what_happened_in_order(use: Use) -> None:
             await take(1, 0, ops=["order.nonsense"])
 
     use(body)
+
+
+@pytest.mark.parametrize("id", [None, True, 1.5, b"57"])
+def test_an_id_is_text_or_a_whole_number(id: Any, use: Use) -> None:
+    """A None that slipped in would otherwise be one record for all customers."""
+
+    async def body(hf: Any) -> None:
+        for attempt in (
+            lambda: hf.sessions.put(id, {}),
+            lambda: hf.sessions.get(id),
+            lambda: hf.sessions.lease(id),
+            lambda: hf.users.update(id, dict, default={}),
+            lambda: hf.orders.complete(id),
+        ):
+            with pytest.raises(errors.InvalidRecord, match="expected an id as text or a whole number"):
+                await settled(attempt())
+        assert await settled(hf.sessions.count()) == 0
+
+    use(body)
+
+
+def test_a_value_is_an_object(use: Use) -> None:
+    """Anything else is refused with what was found."""
+
+    async def body(hf: Any) -> None:
+        for value in ([1], None, "text", 5):
+            for records in (hf.sessions, hf.orders, hf.users, hf.collection("notes")):
+                with pytest.raises(errors.InvalidRecord, match=f"found {type(value).__name__}"):
+                    await settled(records.put("1", value))
+
+    use(body)
+
+
+def test_what_changes_behind_a_call_in_a_block_does_not_count(use: Use) -> None:
+    """The block stores values as they were when they were given to it."""
+
+    async def body(hf: Any) -> None:
+        for block in (hf.atomic, hf.pipeline):
+            value = {"cart": ["ring"]}
+            async with Block(block()):
+                await settled(hf.sessions.put("1", value))
+                value["cart"].append("watch")
+                value["paid"] = True
+            found = await settled(hf.sessions.get("1"))
+            assert (found["cart"], found.get("paid")) == (["ring"], None)
+
+    use(body)
+
+
+def test_a_lease_tells_the_version_of_its_session(use: Use) -> None:
+    """The session's own, which the lease does not change; 0 while there is none."""
+
+    async def body(hf: Any) -> None:
+        for version in range(3):
+            lease = await settled(hf.sessions.lease("1", ttl=30))
+            events = [await settled(hf.sessions.release("1", lease.generation)) for _ in range(2)]
+            assert [one.version for one in events] == [version, version]
+            await settled(hf.sessions.put("1", {"n": version}))
+
+    use(body)

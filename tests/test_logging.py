@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from holdfast.errors import InvalidRecord
 from holdfast.service.events import EVENTS, events_table
-from holdfast.service.logging import LINE_BYTES_MAX, LINES_MAX, Log, redacted
+from holdfast.service.logging import LINE_BYTES_MAX, LINES_MAX, Log
+from holdfast.service.redaction import redacted
 from holdfast.settings import LogSettings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import holdfast
 from tests.test_daemon import Daemon
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -31,7 +32,10 @@ def run(example: str, cwd: Path) -> str:
 
 
 def test_the_library_in_this_process(tmp_path: Path) -> None:
-    """The first example: a directory of its own."""
+    """The first example, on the directory of the commands before it."""
+    with holdfast.open(tmp_path / "data") as hf:
+        hf.sessions.put("573001234567", {"currentState": "catalog"})
+
     printed = run(EXAMPLES[0], tmp_path)
 
     assert "awaiting_payment" in printed and "119900" in printed

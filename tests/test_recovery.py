@@ -330,6 +330,25 @@ def test_an_edit_while_running_is_kept(tmp_path: Path, flushed: bool) -> None:
     assert b'"2"' in kept[0].read_bytes()
 
 
+def test_a_copied_directory_counts_as_unedited(tmp_path: Path) -> None:
+    """Its files have other times than those they were written at; nothing is said of edits, and no copies pile up."""
+    engine = opened(tmp_path / "original")
+    fill(engine)
+    engine.close()
+    shutil.copytree(tmp_path / "original", tmp_path / "copy", copy_function=shutil.copyfile)
+    for file in (tmp_path / "copy").glob("*.json"):
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+    log = Log()
+
+    engine = opened(tmp_path / "copy", log=log)
+    do(engine, SessionPut(id="573001", value={}))
+    engine.close()
+
+    assert log.named("flush.completed")[-1]["files"] > 0
+    assert not log.named("snapshot.edit_kept") and not log.named("snapshot.edited")
+    assert not (tmp_path / "copy" / "backups").exists()
+
+
 def test_a_flush_of_unedited_files_keeps_no_copies(tmp_path: Path) -> None:
     """Copies are made of what others wrote, never of what we wrote or loaded."""
     write_array(tmp_path / "chat_sessions.json", [session("1"), session("2", TWO_DAYS_AGO)])

@@ -51,10 +51,13 @@ def test_replay_finds_everything_again(tmp_path: Path, kills: list[Moment]) -> N
     """After SIGTERM, and after each kill -9 in the middle, all that was acknowledged is there once, and nothing else."""
     said: list[str] = []
 
-    wrong = replay_served(read_dialogues(DIALOGUES), tmp_path / "data", PROCESSES, kills, said.append)
+    wrong = replay_served(
+        read_dialogues(DIALOGUES), tmp_path / "data", PROCESSES, kills, said.append, reads_events=True
+    )
 
     print("\n".join(said))
     assert wrong == []
+    assert sum(line.startswith("event stream:") for line in said) == 1
     assert sum(line.startswith("after kill -9") for line in said) == len(kills)
 
 

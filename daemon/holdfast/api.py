@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from decimal import Decimal
 from typing import Any, Generic, TypeVar
 
+import msgspec
 import orjson
 
 from holdfast.errors import InvalidRecord, NotFound
@@ -86,8 +88,8 @@ class SessionOps(Generic[A]):
         """Store *value* whole. ``lastActivity`` is kept when given and set to now when absent."""
         return self._do(
             SessionPut(
-                id=id if type(id) is str else str(id),
-                value=value if type(value) is dict else dict(value),
+                id=id if type(id) is str else text_of(id),
+                value=value if type(value) is dict else object_of(value),
                 if_version=if_version,
                 ttl=ttl,
                 lease=lease,
@@ -109,8 +111,8 @@ class SessionOps(Generic[A]):
     ) -> A:
         """Merge *patch* into it (RFC 7396)."""
         op = SessionPatch(
-            id=str(id),
-            value=dict(patch),
+            id=text_of(id),
+            value=object_of(patch),
             if_version=if_version,
             ttl=ttl,
             lease=lease,
@@ -129,7 +131,7 @@ class SessionOps(Generic[A]):
         durability: Durability | None = None,
     ) -> A:
         """Set ``lastActivity`` to now."""
-        op = SessionTouch(id=str(id), if_version=if_version, ttl=ttl, lease=lease, idempotency_key=idempotency_key)
+        op = SessionTouch(id=text_of(id), if_version=if_version, ttl=ttl, lease=lease, idempotency_key=idempotency_key)
         return self._do(op, durability)
 
     def delete(
@@ -142,14 +144,16 @@ class SessionOps(Generic[A]):
         durability: Durability | None = None,
     ) -> A:
         """Remove it; NotFound when it is not there."""
-        op = SessionDelete(id=str(id), if_version=if_version, lease=lease, idempotency_key=idempotency_key)
+        op = SessionDelete(id=text_of(id), if_version=if_version, lease=lease, idempotency_key=idempotency_key)
         return self._do(op, durability)
 
     def release(
         self, id: Id, generation: int, *, idempotency_key: str | None = None, durability: Durability | None = None
     ) -> A:
         """Give the lease back."""
-        return self._do(SessionRelease(id=str(id), generation=generation, idempotency_key=idempotency_key), durability)
+        return self._do(
+            SessionRelease(id=text_of(id), generation=generation, idempotency_key=idempotency_key), durability
+        )
 
 
 class OrderOps(Generic[A]):
@@ -168,7 +172,7 @@ class OrderOps(Generic[A]):
         durability: Durability | None = None,
     ) -> A:
         """Store *value* whole. The first put of an id counts in the sales figures."""
-        op = OrderPut(id=str(id), value=dict(value), if_version=if_version, idempotency_key=idempotency_key)
+        op = OrderPut(id=text_of(id), value=object_of(value), if_version=if_version, idempotency_key=idempotency_key)
         return self._do(op, durability)
 
     def patch(
@@ -181,7 +185,7 @@ class OrderOps(Generic[A]):
         durability: Durability | None = None,
     ) -> A:
         """Merge *patch* into a pending order (RFC 7396)."""
-        op = OrderPatch(id=str(id), value=dict(patch), if_version=if_version, idempotency_key=idempotency_key)
+        op = OrderPatch(id=text_of(id), value=object_of(patch), if_version=if_version, idempotency_key=idempotency_key)
         return self._do(op, durability)
 
     def complete(
@@ -194,7 +198,9 @@ class OrderOps(Generic[A]):
         durability: Durability | None = None,
     ) -> A:
         """Complete it. Completion and *revenue* count once, however often this is repeated."""
-        op = OrderComplete(id=str(id), revenue=_exact(revenue), if_version=if_version, idempotency_key=idempotency_key)
+        op = OrderComplete(
+            id=text_of(id), revenue=_exact(revenue), if_version=if_version, idempotency_key=idempotency_key
+        )
         return self._do(op, durability)
 
     def cancel(
@@ -207,7 +213,7 @@ class OrderOps(Generic[A]):
         durability: Durability | None = None,
     ) -> A:
         """Cancel a pending one."""
-        op = OrderCancel(id=str(id), reason=reason, if_version=if_version, idempotency_key=idempotency_key)
+        op = OrderCancel(id=text_of(id), reason=reason, if_version=if_version, idempotency_key=idempotency_key)
         return self._do(op, durability)
 
     def delete(
@@ -219,7 +225,7 @@ class OrderOps(Generic[A]):
         durability: Durability | None = None,
     ) -> A:
         """Remove it. What it added to the figures stays counted."""
-        op = OrderDelete(id=str(id), if_version=if_version, idempotency_key=idempotency_key)
+        op = OrderDelete(id=text_of(id), if_version=if_version, idempotency_key=idempotency_key)
         return self._do(op, durability)
 
 
@@ -242,12 +248,12 @@ class RecordOps(Generic[A]):
         """Store *value* whole."""
         op: AnyOp
         if self.name == "users":
-            op = UserPut(id=str(id), value=dict(value), if_version=if_version, idempotency_key=idempotency_key)
+            op = UserPut(id=text_of(id), value=object_of(value), if_version=if_version, idempotency_key=idempotency_key)
         else:
             op = RecordPut(
                 collection=self.name,
-                id=str(id),
-                value=dict(value),
+                id=text_of(id),
+                value=object_of(value),
                 if_version=if_version,
                 idempotency_key=idempotency_key,
             )
@@ -265,12 +271,14 @@ class RecordOps(Generic[A]):
         """Merge *patch* into it (RFC 7396)."""
         op: AnyOp
         if self.name == "users":
-            op = UserPatch(id=str(id), value=dict(patch), if_version=if_version, idempotency_key=idempotency_key)
+            op = UserPatch(
+                id=text_of(id), value=object_of(patch), if_version=if_version, idempotency_key=idempotency_key
+            )
         else:
             op = RecordPatch(
                 collection=self.name,
-                id=str(id),
-                value=dict(patch),
+                id=text_of(id),
+                value=object_of(patch),
                 if_version=if_version,
                 idempotency_key=idempotency_key,
             )
@@ -287,9 +295,11 @@ class RecordOps(Generic[A]):
         """Remove it; NotFound when it is not there."""
         op: AnyOp
         if self.name == "users":
-            op = UserDelete(id=str(id), if_version=if_version, idempotency_key=idempotency_key)
+            op = UserDelete(id=text_of(id), if_version=if_version, idempotency_key=idempotency_key)
         else:
-            op = RecordDelete(collection=self.name, id=str(id), if_version=if_version, idempotency_key=idempotency_key)
+            op = RecordDelete(
+                collection=self.name, id=text_of(id), if_version=if_version, idempotency_key=idempotency_key
+            )
         return self._do(op, durability)
 
 
@@ -321,6 +331,42 @@ class StatsOps(Generic[A]):
         """Count a completion with its *revenue*, made *at*."""
         op = StatsCompletion(revenue=_exact(revenue), at=at, idempotency_key=idempotency_key)
         return self._do(op, durability)
+
+
+def text_of(id: Id) -> str:
+    """*id* as text.
+
+    Raises:
+        InvalidRecord: it is neither text nor a whole number; a None that slipped in would be one record for everybody.
+    """
+    if isinstance(id, str):
+        return id if type(id) is str else str(id)
+    if isinstance(id, int) and not isinstance(id, bool):
+        return str(id)
+    raise InvalidRecord(f"expected an id as text or a whole number, found {id!r:.80}")
+
+
+def object_of(value: Value) -> dict[str, Any]:
+    """A copy of *value* as a dict.
+
+    Raises:
+        InvalidRecord: it is none.
+    """
+    try:
+        return dict(value)
+    except (TypeError, ValueError):
+        raise InvalidRecord(f"expected a JSON object as a dict, found {type(value).__name__}") from None
+
+
+def detached(op: AnyOp) -> AnyOp:
+    """*op* with a value of its own, for doing it later: what the caller changes in the meantime does not count."""
+    value = getattr(op, "value", None)
+    if value is None:
+        return op
+    try:
+        return msgspec.structs.replace(op, value=deepcopy(value))
+    except TypeError as error:
+        raise InvalidRecord(f"cannot be kept as JSON: {error}") from None
 
 
 def _exact(amount: Money | None) -> Decimal | None:
@@ -367,7 +413,7 @@ def lease_op(id: Id, ttl: Seconds, owner: str | None, generation: int | None) ->
         ttl_s = parse_duration(ttl)
     except ValueError as error:
         raise InvalidRecord(f"ttl: {error}") from None
-    return SessionLease(id=str(id), ttl=ttl, owner=owner, generation=generation), ttl_s
+    return SessionLease(id=text_of(id), ttl=ttl, owner=owner, generation=generation), ttl_s
 
 
 def waited(timeout: float | None) -> float:

@@ -22,7 +22,9 @@ from holdfast.api import (
     Value,
     changed,
     counted,
+    detached,
     lease_op,
+    text_of,
     waited,
 )
 from holdfast.blocking import sales_figures
@@ -86,12 +88,12 @@ class Reading:
 
     async def get(self, id: Id, default: Any = None) -> Any:
         """The value of *id* as a dict, or *default*."""
-        found = await self._source.get(self.name, str(id))
+        found = await self._source.get(self.name, text_of(id))
         return default if found is None else orjson.loads(found.value)
 
     async def record(self, id: Id) -> Record | None:
         """The value of *id* as JSON bytes, with its version; nothing is decoded."""
-        return await self._source.get(self.name, str(id))
+        return await self._source.get(self.name, text_of(id))
 
     async def page(
         self, *, limit: int = 100, cursor: str | None = None, since_ms: int | None = None, state: str | None = None
@@ -117,7 +119,7 @@ class Reading:
 
     async def contains(self, id: Id) -> bool:
         """Whether there is a record *id*."""
-        return await self._source.get(self.name, str(id)) is not None
+        return await self._source.get(self.name, text_of(id)) is not None
 
     async def update(
         self,
@@ -213,7 +215,7 @@ class AsyncAtomicBlock:
 
     async def add(self, op: AnyOp, durability: Durability | None) -> Answer:
         """Gather *op*; its durability is the block's."""
-        self._ops.append(op)
+        self._ops.append(detached(op))
         return Answer(status=200, seq=0)
 
     async def finish(self) -> None:

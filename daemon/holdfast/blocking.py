@@ -24,7 +24,9 @@ from holdfast.api import (
     Value,
     changed,
     counted,
+    detached,
     lease_op,
+    text_of,
     waited,
 )
 from holdfast.errors import BadRequest, HoldfastError, VersionMismatch
@@ -92,12 +94,12 @@ class Reading:
 
     def get(self, id: Id, default: Any = None) -> Any:
         """The value of *id* as a dict, or *default*."""
-        found = self._source.get(self.name, id if type(id) is str else str(id))
+        found = self._source.get(self.name, id if type(id) is str else text_of(id))
         return default if found is None else orjson.loads(found.value)
 
     def record(self, id: Id) -> Record | None:
         """The value of *id* as JSON bytes, with its version; nothing is decoded."""
-        return self._source.get(self.name, id if type(id) is str else str(id))
+        return self._source.get(self.name, id if type(id) is str else text_of(id))
 
     def page(
         self, *, limit: int = 100, cursor: str | None = None, since_ms: int | None = None, state: str | None = None
@@ -121,7 +123,7 @@ class Reading:
 
     def contains(self, id: Id) -> bool:
         """Whether there is a record *id*."""
-        return self._source.get(self.name, str(id)) is not None
+        return self._source.get(self.name, text_of(id)) is not None
 
     def update(
         self,
@@ -250,7 +252,7 @@ class AtomicBlock:
 
     def add(self, op: AnyOp, durability: Durability | None) -> Answer:
         """Gather *op*; its durability is the block's."""
-        self._ops.append(op)
+        self._ops.append(detached(op))
         return Answer(status=200, seq=0)
 
     def finish(self) -> None:

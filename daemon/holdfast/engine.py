@@ -515,6 +515,7 @@ class Engine:
             journal_bytes=journal.size_bytes,
             journal_bytes_max=self.settings.journal_max,
             journal_segments=journal.segments,
+            journal_kept_bytes=journal.kept_bytes,
             deferred_bytes=self._committer.deferred_bytes,
             unflushed_age_s=0.0 if oldest is None else max(0.0, self._clock.monotonic() - oldest),
             snapshot_bytes=flusher.snapshot_bytes,

@@ -124,6 +124,7 @@ class Gauges(msgspec.Struct, frozen=True):
         journal_bytes: of all segments.
         journal_bytes_max: the setting; a journal grown past it is flushed.
         journal_segments: how many.
+        journal_kept_bytes: of the segments that only event streams still want.
         deferred_bytes: acknowledged under ``interval`` and not yet in the journal.
         unflushed_age_s: age of the oldest event that no snapshot holds, 0 when there is none; replayed ones count from
             the start.
@@ -146,6 +147,7 @@ class Gauges(msgspec.Struct, frozen=True):
     journal_bytes: int
     journal_bytes_max: int
     journal_segments: int
+    journal_kept_bytes: int
     deferred_bytes: int
     unflushed_age_s: float
     snapshot_bytes: int

@@ -132,6 +132,9 @@ class _Recovery:
         self._replaced: set[str] = set()
         # Files that an interrupted flush moved into place; only its own manifest knows them.
         self._moved: dict[str, FileEntry] = {}
+        # When each file was written, as found before it was read: a copied directory has times of its own, and only
+        # what is written from now on is an edit.
+        self._written_at: dict[str, int] = {}
         self._damages: list[str] = []
         self._ignored: dict[str, str] = {}
         # What is done for each damaged file once it is certain that the start goes on.
@@ -162,7 +165,11 @@ class _Recovery:
         journal = self._open_journal(journal_directory, history)
         manifest = msgspec.structs.replace(
             self._manifest,
-            files={name: entry for name, entry in self._manifest.files.items() if name not in self._replaced},
+            files={
+                name: msgspec.structs.replace(entry, mtime_ns=self._written_at.get(name, entry.mtime_ns))
+                for name, entry in self._manifest.files.items()
+                if name not in self._replaced
+            },
         )
         loaded = {
             name: (found.st_size, found.st_mtime_ns) for name in self._replaced if (found := self._directory.stat(name))
@@ -217,6 +224,9 @@ class _Recovery:
         self._alternative = manifests[MANIFEST_NEXT]
 
     def _load_snapshots(self) -> None:
+        self._written_at = {
+            name: found.st_mtime_ns for name in self._manifest.files if (found := self._directory.stat(name))
+        }
         names = {file_of(name): name for name in BUILT_IN}
         for file in self._directory.names():
             stem = file.removesuffix(".json")

@@ -147,5 +147,7 @@ def _head(path: Path) -> bytes:
 def _read(source: str, read: Callable[[], bytes]) -> bytes:
     try:
         return read()
-    except (OSError, ValueError) as error:
-        raise click.UsageError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise click.UsageError(f"{source} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL in a name, a stream that is closed
+        raise click.UsageError(f"{source} cannot be read: {error}") from None

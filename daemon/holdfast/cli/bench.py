@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import click
 import orjson
 
-from holdfast.cli.connection import WORK_TIMEOUT_S, Connection, Daemon, daemon_options, path_of
+from holdfast.cli.connection import WORK_TIMEOUT_S, Connection, Daemon, daemon_options
 from holdfast.cli.show import Column, Progress, examples, json_option, print_json, print_table, readable_size
+from holdfast.client.messages import collection_target, record_target
 from holdfast.errors import HoldfastError
 
 COLLECTION = "holdfast-bench"
@@ -23,10 +24,16 @@ IDS = 1000
 """Records that it writes again and again, so that it takes no memory to speak of."""
 
 BATCH_OPS = 100
+
 BUSY_OPS_S = 20.0
 """Above this somebody else is at work, and would notice."""
 
 LOOK_S = 0.5
+"""Between two looks at the seq, by which it is known how busy the daemon is."""
+
+TICKS_S = 10
+"""Steps of the progress bar in a second."""
+
 ROOM_BYTES_MIN = 1 << 30
 JOURNAL_BYTES_PER_OP = 300
 OPS_S_AT_MOST = 40_000
@@ -99,7 +106,7 @@ def bench(daemon: Daemon, seconds: float, connections: int, yes: bool, as_json: 
     on ctrl-C. No other record and no sales figure is touched; the journal grows by what is written until the next flush.
     It refuses when the daemon is busy, degraded or short of disk, unless --yes is given.
     """
-    status = daemon.request("GET", path_of("admin", "status"))
+    status = daemon.fetch("GET", "/v1/admin/status").fields()
     _check_is_ours(daemon)
     if not yes:
         _check_hurts_nobody(daemon, status, seconds)
@@ -125,13 +132,9 @@ def bench(daemon: Daemon, seconds: float, connections: int, yes: bool, as_json: 
         click.echo(f"this client used {share:.0%} of a core itself; with more clients the daemon can do more")
 
 
-TICKS_S = 10
-"""Steps of the progress bar in a second."""
-
-
 def _loads(connections: int) -> list[Load]:
     value = orjson.dumps(_VALUE)
-    paths = [path_of("collections", COLLECTION, f"bench-{number}") for number in range(IDS)]
+    paths = [record_target(COLLECTION, f"bench-{number}") for number in range(IDS)]
 
     def batch(number: int) -> tuple[str, str, bytes]:
         ops = [
@@ -143,7 +146,7 @@ def _loads(connections: int) -> list[Load]:
             }
             for op in range(BATCH_OPS)
         ]
-        return "POST", path_of("batch"), orjson.dumps({"ops": ops})
+        return "POST", "/v1/batch", orjson.dumps({"ops": ops})
 
     # Made once: this client's own work must not be what is measured.
     batches = [batch(number) for number in range(IDS // BATCH_OPS)]
@@ -166,7 +169,7 @@ def _check_is_ours(daemon: Daemon) -> None:
     Raises:
         HoldfastError: another bench runs, or one was killed.
     """
-    found = daemon.request("GET", path_of("collections", COLLECTION), query={"limit": "1"})
+    found = daemon.fetch("GET", collection_target(COLLECTION), query={"limit": "1"}).fields()
     if found["items"]:
         raise HoldfastError(
             f"expected the collection {COLLECTION} to be empty, found records in it: another bench runs or was killed; "
@@ -184,7 +187,7 @@ def _check_hurts_nobody(daemon: Daemon, status: dict[str, Any], seconds: float) 
     if reasons:
         raise HoldfastError(f"the daemon is degraded ({reasons[0]}); mend that first, or say --yes")
     time.sleep(LOOK_S)
-    rate = (daemon.request("GET", path_of("admin", "status"))["seq"] - status["seq"]) / LOOK_S
+    rate = (daemon.fetch("GET", "/v1/admin/status").fields()["seq"] - status["seq"]) / LOOK_S
     if rate > BUSY_OPS_S:
         raise HoldfastError(
             f"others change {rate:.0f} records a second just now and would notice this; come back at a quiet time, or say --yes"
@@ -252,7 +255,7 @@ def _remove(daemon: Daemon) -> None:
     ops = [{"op": "record.delete", "collection": COLLECTION, "id": f"bench-{number}"} for number in range(IDS)]
     body = orjson.dumps({"ops": ops})
     try:
-        daemon.request("POST", path_of("batch"), body=body, timeout_s=WORK_TIMEOUT_S)
+        daemon.fetch("POST", "/v1/batch", body=body, timeout_s=WORK_TIMEOUT_S)
     except (HoldfastError, KeyboardInterrupt):
         click.echo(
             f"holdfast: the records of {COLLECTION} could not be removed; do it with "

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import orjson
 
-from holdfast.cli.connection import named_daemon, path_of
+from holdfast.cli.connection import named_daemon
 from holdfast.cli.show import examples
 from holdfast.errors import HoldfastError
 
@@ -53,27 +53,27 @@ def completion(ctx: click.Context, shell: str) -> None:
     click.echo(script.source_template % script.source_vars())
 
 
-def complete_id(segments: tuple[str, ...]) -> Complete:
-    """Completes an id of the records below the path of *segments*."""
+def complete_id(path: str) -> Complete:
+    """Completes an id of the records at *path*."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-        return _offered((item["id"] for item in _asked(ctx, segments, {"limit": str(IDS_MAX)})), incomplete)
+        return _offered((item["id"] for item in _asked(ctx, path, {"limit": str(IDS_MAX)})), incomplete)
 
     return complete
 
 
 def complete_collection(ctx: click.Context, incomplete: str) -> list[str]:
     """The custom collections whose names begin with *incomplete*."""
-    return _offered((item["name"] for item in _asked(ctx, ("collections",), {})), incomplete)
+    return _offered((item["name"] for item in _asked(ctx, "/v1/collections", {})), incomplete)
 
 
 def _offered(names: Iterator[str], incomplete: str) -> list[str]:
     return sorted(name for name in names if name.startswith(incomplete) and _HARMLESS.fullmatch(name))
 
 
-def _asked(ctx: click.Context, segments: tuple[str, ...], query: dict[str, str]) -> Iterator[dict[str, Any]]:
+def _asked(ctx: click.Context, path: str, query: dict[str, str]) -> Iterator[dict[str, Any]]:
     try:
-        reply = named_daemon(ctx).fetch("GET", path_of(*segments), query=query, timeout_s=PATIENCE_S)
+        reply = named_daemon(ctx).fetch("GET", path, query=query, timeout_s=PATIENCE_S)
         yield from orjson.loads(reply.body)["items"]
     except (HoldfastError, click.ClickException, OSError, ValueError, KeyError):
         # No daemon, no completion: a message would stand in the middle of the command line.

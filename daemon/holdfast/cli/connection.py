@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import click
 import msgspec
@@ -17,17 +17,10 @@ import orjson
 from holdfast import __version__
 from holdfast.client.address import Address, address_of, token_of
 from holdfast.client.connection import RECEIVE_BYTES, Channel, open_socket
+from holdfast.client.messages import NO_SUCH_PATH, refusal_in
+from holdfast.client.stream import EVENTS_PATH, stream_request
 from holdfast.client.wire import Receiver, Requests, Response, WireError
-from holdfast.errors import (
-    BadRequest,
-    HoldfastError,
-    MethodNotAllowed,
-    NotFound,
-    SettingsError,
-    StorageFull,
-    Unauthorized,
-    Unavailable,
-)
+from holdfast.errors import HoldfastError, MethodNotAllowed, SettingsError, Unauthorized, Unavailable
 from holdfast.settings import Settings, UnixAddress, format_duration, load, parse_address
 
 T = TypeVar("T")
@@ -39,10 +32,6 @@ ANSWER_TIMEOUT_S = 10.0
 WORK_TIMEOUT_S = 600.0
 """A flush of a million sessions takes seconds, on a slow disk a minute."""
 
-# What a command tells apart; every other refusal is told by its detail alone. Not SettingsError: refused settings of the
-# daemon are no bad command line.
-_TOLD_APART = {kind.code: kind for kind in (BadRequest, NotFound, StorageFull, Unavailable)}
-
 
 class Reply(NamedTuple):
     """What the daemon answered.
@@ -52,8 +41,32 @@ class Reply(NamedTuple):
         body: JSON, or nothing.
     """
 
+    daemon: Daemon
     version: int | None
     body: bytes
+
+    def fields(self) -> dict[str, Any]:
+        """The JSON object in *body*.
+
+        Raises:
+            Unavailable: it is none, so whoever listens there is no daemon of ours.
+        """
+        try:
+            found = orjson.loads(self.body)
+        except orjson.JSONDecodeError:
+            found = None
+        if not isinstance(found, dict):
+            raise Unavailable(
+                f"expected a Holdfast daemon at {self.daemon}, found a server that answers without a JSON object"
+            )
+        return Fields(self.daemon, found)
+
+    def decoded(self, kind: type[T]) -> T:
+        """What *body* holds, as *kind*; raises as ``fields``."""
+        try:
+            return msgspec.json.decode(self.body, type=kind)
+        except msgspec.DecodeError as error:
+            raise Unavailable(f"expected a Holdfast daemon at {self.daemon}, found another answer ({error})") from None
 
 
 class Daemon(NamedTuple):
@@ -87,20 +100,6 @@ class Daemon(NamedTuple):
         with self.connect(timeout_s=timeout_s) as connection:
             return connection.fetch(method, target, headers=headers, body=body)
 
-    def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        query: Mapping[str, str] | None = None,
-        headers: Mapping[str, str] | None = None,
-        body: bytes | None = None,
-        timeout_s: float = ANSWER_TIMEOUT_S,
-    ) -> dict[str, Any]:
-        """The JSON object that the daemon answers; raises as ``fetch`` does."""
-        reply = self.fetch(method, path, query=query, headers=headers, body=body, timeout_s=timeout_s)
-        return object_in(reply.body, self)
-
     def __str__(self) -> str:
         return str(self.address)
 
@@ -129,28 +128,26 @@ class Connection:
             raise Unavailable(self._unreachable(error)) from error
         return self._checked(response, target)
 
-    def lines(self, target: str, *, headers: Mapping[str, str] | None = None) -> Iterator[bytes]:
-        """The lines of a stream as they come, until the daemon ends it.
+    def stream(self, position: int | None, ops: Collection[str], ids: Collection[str]) -> Iterator[bytes]:
+        """What the event stream behind *position* brings, piece by piece, until the daemon ends it.
 
         Raises:
             Unavailable: nobody answers, or it broke off, or nothing came for the connection's timeout.
             HoldfastError: the daemon refused; the detail is its own.
         """
         receiver = Receiver()
-        rest = b""
         try:
             with open_socket(self._daemon.address, self._timeout_s) as opened:
-                opened.sendall(self._requests.render("GET", target, None, _lines_of(headers)))
+                opened.sendall(stream_request(self._requests, position, ops, ids))
                 while not receiver.is_whole:
                     receiver.feed(opened.recv(RECEIVE_BYTES))
                     if receiver.status == 200:
-                        *whole, rest = (rest + receiver.take_body()).split(b"\n")
-                        yield from whole
+                        yield receiver.take_body()
         except (OSError, WireError) as error:
             raise Unavailable(self._unreachable(error)) from error
         response = receiver.next()
         assert response is not None
-        self._checked(response, target)
+        self._checked(response, EVENTS_PATH)
 
     def close(self) -> None:
         """Close it; the next request opens it again."""
@@ -176,25 +173,27 @@ class Connection:
         return f"{daemon} broke off without an answer ({error or type(error).__name__}); see the daemon's log"
 
     def _checked(self, response: Response, target: str) -> Reply:
-        body = response.body
         if response.status == 204:
-            return Reply(None, b"")
+            return Reply(self._daemon, None, b"")
         if response.status >= 400:
-            raise self._refusal(response, object_in(body, self._daemon), target)
-        if body and not body.startswith(b"{"):
-            # Of a large page no more is looked at here.
-            object_in(body, self._daemon)
+            raise self._refusal(response, target)
         tag = response.headers.get("etag", "").strip('W/"')
-        return Reply(int(tag) if tag.isascii() and tag.isdigit() else None, body)
+        reply = Reply(self._daemon, int(tag) if tag.isascii() and tag.isdigit() else None, response.body)
+        if response.body and not response.body.startswith(b"{"):
+            # Of a large page no more is looked at here.
+            reply.fields()
+        return reply
 
-    def _refusal(self, response: Response, problem: dict[str, Any], target: str) -> HoldfastError:
-        detail = str(problem.get("detail", f"the daemon answered {response.status}"))
-        if response.status == Unauthorized.status:
-            return Unauthorized(f"{self._daemon}: {detail}; give a token with HOLDFAST_TOKEN or --token-file")
-        is_unknown = response.status == NotFound.status and detail.startswith("no such path")
-        if is_unknown or response.status == MethodNotAllowed.status:
+    def _refusal(self, response: Response, target: str) -> HoldfastError:
+        error = refusal_in(response)
+        if isinstance(error, Unauthorized):
+            return Unauthorized(f"{self._daemon}: {error.detail}; give a token with HOLDFAST_TOKEN or --token-file")
+        if isinstance(error, MethodNotAllowed) or error.detail.startswith(NO_SUCH_PATH):
             return HoldfastError(self._other_version(response.headers.get("server", ""), target))
-        return _TOLD_APART.get(str(problem.get("code")), HoldfastError)(detail)
+        if isinstance(error, SettingsError):
+            # Those of the daemon: the command line was right.
+            return HoldfastError(error.detail)
+        return error
 
     def _other_version(self, server: str, target: str) -> str:
         path = target.partition("?")[0]
@@ -206,27 +205,7 @@ class Connection:
         )
 
 
-def path_of(*segments: str) -> str:
-    """The path of these *segments* below ``/v1``, each percent-encoded."""
-    return "/v1/" + "/".join(quote(segment, safe="") for segment in segments)
-
-
-def object_in(body: bytes, daemon: Daemon) -> dict[str, Any]:
-    """The JSON object that *daemon* answered.
-
-    Raises:
-        Unavailable: it is none, so whoever listens there is no daemon of ours.
-    """
-    try:
-        answer = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise Unavailable(f"expected a Holdfast daemon at {daemon}, found a server that answers without a JSON object")
-    return Answer(daemon, answer)
-
-
-class Answer(dict[str, Any]):
+class Fields(dict[str, Any]):
     """A JSON object from *daemon*; what it should have and has not is told, for it is the daemon's doing."""
 
     def __init__(self, daemon: Daemon, fields: dict[str, Any]) -> None:
@@ -235,14 +214,6 @@ class Answer(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         raise Unavailable(f"expected a Holdfast daemon at {self._daemon}, found an answer without {name!r}")
-
-
-def decoded(body: bytes, kind: type[T], daemon: Daemon) -> T:
-    """The *kind* of value that *daemon* answered; raises as ``object_in``."""
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.DecodeError as error:
-        raise Unavailable(f"expected a Holdfast daemon at {daemon}, found another answer ({error})") from None
 
 
 def _lines_of(headers: Mapping[str, str] | None) -> str:

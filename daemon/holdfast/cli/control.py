@@ -14,7 +14,7 @@ from holdfast.settings import format_size
 @daemon_options
 def flush(daemon: Daemon, as_json: bool) -> None:
     """Write all changed snapshot files now, and wait until they are on disk."""
-    report = daemon.request("POST", "/v1/admin/flush", timeout_s=WORK_TIMEOUT_S)
+    report = daemon.fetch("POST", "/v1/admin/flush", timeout_s=WORK_TIMEOUT_S).fields()
     if as_json:
         return print_json(report)
     click.echo(
@@ -28,7 +28,7 @@ def flush(daemon: Daemon, as_json: bool) -> None:
 @daemon_options
 def reload(daemon: Daemon, as_json: bool) -> None:
     """Read the settings again; exit 1 with the reason when the daemon refuses them."""
-    answer = daemon.request("POST", "/v1/admin/reload", timeout_s=WORK_TIMEOUT_S)
+    answer = daemon.fetch("POST", "/v1/admin/reload", timeout_s=WORK_TIMEOUT_S).fields()
     if as_json:
         return print_json(answer)
     changed, waiting = answer.get("changed", []), answer.get("needs_restart", [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -99,6 +100,9 @@ def commands() -> None:
 
 def main() -> NoReturn:
     """Run the command line of this process, then exit with a code of the contract's section 4."""
+    if sys.stdout is None and sys.argv[1:2] != ["serve"]:
+        # Whoever writes is told, as by other commands; the daemon, whose log it would be, does without.
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What the terminal's encoding does not have is shown escaped; it is no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -112,6 +116,8 @@ def main() -> NoReturn:
         code = EXIT_FAILED
     except OSError as error:
         _forget_stdout()
+        if error.errno == errno.EBADF:
+            error.strerror = "standard output is closed; open it, or send it to /dev/null"
         code = _told(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", EXIT_FAILED)
     sys.exit(code)
 

@@ -172,7 +172,7 @@ def _coloured(token: re.Match[str]) -> str:
 
 def blocks_are_shown() -> bool:
     """Whether stdout takes the characters of a bar chart."""
-    return (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
+    return sys.stdout is not None and (sys.stdout.encoding or "").lower().startswith("utf")
 
 
 def bar(share: float, cells: int) -> str:

@@ -89,7 +89,7 @@ def status(daemon: Daemon, watch: float | None, as_json: bool) -> None:
     While it watches, --json prints one object a line, and a daemon that is gone is waited for.
     """
     if watch is None:
-        answer = daemon.request("GET", "/v1/admin/status")
+        answer = daemon.fetch("GET", "/v1/admin/status").fields()
         return print_json(answer) if as_json else _print_rows(daemon, rows(answer))
     try:
         if as_json:
@@ -111,7 +111,7 @@ def _looks(daemon: Daemon, every_s: float) -> Iterator[dict[str, Any] | Unavaila
     next_at = time.monotonic()
     while True:
         try:
-            yield daemon.request("GET", "/v1/admin/status")
+            yield daemon.fetch("GET", "/v1/admin/status").fields()
         except Unavailable as error:
             yield error
         next_at = max(next_at + every_s, time.monotonic())

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-from urllib.parse import urlencode
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import click
 import orjson
 
-from holdfast.cli.connection import Connection, Daemon, daemon_options
+from holdfast.cli.connection import Daemon, daemon_options
 from holdfast.cli.show import cells_of, examples, is_terminal, printable, shortened, styled
+from holdfast.client.backoff import Backoff
+from holdfast.client.stream import SILENCE_MAX_S, Blocks
+from holdfast.client.wire import WireError
 from holdfast.errors import Unavailable
-
-SILENCE_MAX_S = 60.0
-"""The daemon gives a sign of life more often than that; after it the connection counts as lost."""
-
-PAUSE_FIRST_S = 0.1
-PAUSE_MAX_S = 5.0
-"""Between two tries to reach a daemon that went away."""
 
 _SHORT_CHARS_MAX = 2000
 """Of a value, where no terminal says how much room there is."""
@@ -75,10 +71,9 @@ def tail(
         if after is not None:
             raise click.UsageError("give either --since-seq or --after, not both")
         after = since_seq - 1
-    query = urlencode([("op", op) for op in ops] + [("id", id) for id in ids])
     left = count
     try:
-        for payload in _followed(daemon, query, None if after is None else str(after)):
+        for payload in _followed(daemon, after, ops, ids):
             click.echo(payload if as_json else _line_of(orjson.loads(payload)))
             if left is not None:
                 left -= 1
@@ -88,59 +83,28 @@ def tail(
         return  # that is how one ends it
 
 
-class _Block(NamedTuple):
-    """What stands between two empty lines of a stream."""
-
-    id: str | None
-    data: bytes | None
-
-
-def _followed(daemon: Daemon, query: str, position: str | None) -> Iterator[bytes]:
-    """The JSON of each event behind *position*, each once; goes on when the daemon comes back."""
-    target = f"/v1/events?{query}" if query else "/v1/events"
-    pause_s = PAUSE_FIRST_S
-    is_away, was_there = False, False
-    # Of a batch whose last member is still to come: shown so far, and to be left out when it comes again.
-    shown = left_out = 0
+def _followed(daemon: Daemon, after: int | None, ops: Sequence[str], ids: Sequence[str]) -> Iterator[bytes]:
+    """The JSON of each event behind *after*, each once; goes on when the daemon comes back."""
+    blocks = Blocks(after)
+    backoff: Backoff | None = None
+    was_there = False
     while True:
-        headers = {} if position is None else {"Last-Event-ID": position}
         try:
-            for block in _blocks(daemon.connect(timeout_s=SILENCE_MAX_S), target, headers):
-                was_there, is_away, pause_s = True, False, PAUSE_FIRST_S
-                if block.data is not None:
-                    if left_out:
-                        left_out -= 1
-                    else:
-                        yield block.data
-                    shown += 1
-                if block.id is not None:
-                    position, shown = block.id, 0
-        except Unavailable as error:
+            for part in daemon.connect(timeout_s=SILENCE_MAX_S).stream(blocks.position, ops, ids):
+                was_there, backoff = True, None
+                blocks.feed(part)
+                while blocks.next() is not None:
+                    yield blocks.payload
+            reason = f"{daemon} has ended the stream"
+        except (Unavailable, WireError) as error:
             if not was_there:
                 raise
-            reason = error.detail
-        else:
-            reason = f"{daemon} has ended the stream"
-        if not is_away:
-            is_away = True
+            reason = str(error)
+        if backoff is None:
+            backoff = Backoff(math.inf, str(daemon))
             click.echo(f"holdfast: {reason}; waiting until it is back", err=True)
-        shown, left_out = 0, shown
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, PAUSE_MAX_S)
-
-
-def _blocks(connection: Connection, target: str, headers: dict[str, str]) -> Iterator[_Block]:
-    id: str | None = None
-    data: bytes | None = None
-    for line in connection.lines(target, headers=headers):
-        name, _, value = line.partition(b": ")
-        if not line:
-            yield _Block(id, data)
-            id, data = None, None
-        elif name == b"id":
-            id = value.decode("ascii")
-        elif name == b"data":
-            data = value
+        blocks.begin_again()
+        time.sleep(backoff.next_pause_s(reason))
 
 
 def _line_of(event: dict[str, Any]) -> str:

@@ -16,6 +16,9 @@ PORT = 8765
 SECURE_PORT = 443
 TOKEN_CHARS_MAX = 256
 
+TIMEOUT_MAX_S = 1e9
+"""Thirty years: for those who would rather wait for ever."""
+
 
 class Address(NamedTuple):
     """A daemon, or the proxy before it.
@@ -70,6 +73,17 @@ def address_of(text: str) -> Address:
     except ValueError:
         pass
     raise SettingsError(f"expected unix:PATH or http://HOST:PORT (https://HOST of a proxy), found {text!r:.120}")
+
+
+def timeout_of(timeout: float) -> float:
+    """The *timeout* given, when it is one.
+
+    Raises:
+        SettingsError: it is no number of seconds that a call may take.
+    """
+    if isinstance(timeout, int | float) and 0 < timeout <= TIMEOUT_MAX_S:
+        return timeout
+    raise SettingsError(f"expected timeout as seconds above 0 and up to {TIMEOUT_MAX_S:g}, found {timeout!r:.80}")
 
 
 def token_of(token: str | None, token_file: str | os.PathLike[str] | None) -> str | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager
@@ -13,9 +15,9 @@ from typing import Any, cast
 
 from holdfast.asynchronous import AsyncBlock, AsyncEvents, AsyncHoldfast
 from holdfast.client import messages
-from holdfast.client.address import Address, address_of, token_of
+from holdfast.client.address import Address, address_of, timeout_of, token_of
 from holdfast.client.backoff import Backoff, described
-from holdfast.client.stream import RECEIVE_BYTES, SILENCE_MAX_S, Blocks, named, stream_request
+from holdfast.client.stream import RECEIVE_BYTES, SILENCE_MAX_S, Blocks, Pauses, named, stream_request
 from holdfast.client.sync import FIRST_CONTACT_S, FLUSH_TIMEOUT_S
 from holdfast.client.wire import Receiver, Requests, Response, WireError
 from holdfast.errors import HoldfastError, Leased, Unavailable
@@ -29,6 +31,8 @@ LANES = 2
 SHARED_MIN = 32
 """Ops that are worth two requests."""
 
+UNDER_WAY = "closed while the request was under way; whether it happened is not known"
+
 PIPELINE_MAX = 4_096
 """Ops of one pipeline block that may be under way; the block then waits for the first of them."""
 
@@ -38,7 +42,7 @@ async def connect_async(
     address: str, token: str | None, token_file: str | os.PathLike[str] | None, timeout_s: float
 ) -> AsyncIterator[AsyncHoldfast]:
     """As ``holdfast.aio.connect``."""
-    remote = AsyncRemote(address_of(address), token_of(token, token_file), timeout_s)
+    remote = AsyncRemote(address_of(address), token_of(token, token_file), timeout_of(timeout_s))
     try:
         yield remote
     finally:
@@ -110,12 +114,18 @@ class Line(asyncio.Protocol):
 
 
 class Dialler:
-    """Opens connections to one daemon, and knows whether it was ever reached."""
+    """Opens connections to one daemon, and knows whether it was ever reached, and is still wanted."""
 
     def __init__(self, address: Address, timeout_s: float) -> None:
         self.address = address
         self.timeout_s = timeout_s
         self.has_reached = False
+        self.is_closed = False
+
+    def check_open(self) -> None:
+        """Raise Unavailable when nobody wants the daemon any more."""
+        if self.is_closed:
+            raise Unavailable("closed; connect again")
 
     async def dial(self) -> Line:
         """A new connection; OSError when there is none."""
@@ -127,9 +137,10 @@ class Dialler:
             _, line = await loop.create_connection(Line, address.host, address.port, ssl=address.tls())
         return line
 
-    def backoff(self) -> Backoff:
-        """The tries of one call."""
-        return Backoff(self.timeout_s if self.has_reached else min(self.timeout_s, FIRST_CONTACT_S), str(self.address))
+    def backoff(self, ends_at: float = math.inf) -> Backoff:
+        """The tries of one call, which never go beyond *ends_at*."""
+        patience_s = self.timeout_s if self.has_reached else min(self.timeout_s, FIRST_CONTACT_S)
+        return Backoff(patience_s, str(self.address), ends_at)
 
 
 class Exchange:
@@ -144,17 +155,20 @@ class Exchange:
         """The response to *request*, which may be sent more than once.
 
         Raises:
-            Unavailable: none within *timeout_s*, or no daemon.
+            Unavailable: none within *timeout_s*, no daemon, or the client was closed.
         """
         dialler = self._dialler
+        left_s = timeout_s
+        ends_at = time.monotonic() + timeout_s
         backoff: Backoff | None = None
         is_fresh = self._line is None
         while True:
+            dialler.check_open()
             try:
                 line = self._line
                 if line is None or line.is_closed:
-                    line = await self._dialled(timeout_s)
-                async with asyncio.timeout(timeout_s):
+                    line = await self._dialled(left_s)
+                async with asyncio.timeout(left_s):
                     response = await line.send(request)
                 dialler.has_reached = True
                 if not messages.is_temporary(response):
@@ -173,9 +187,11 @@ class Exchange:
                     # The daemon closes connections that were idle for long; a new one serves.
                     is_fresh = True
                     continue
+            dialler.check_open()
             if backoff is None:
-                backoff = dialler.backoff()
+                backoff = dialler.backoff(ends_at)
             await asyncio.sleep(backoff.next_pause_s(reason))
+            left_s = max(ends_at - time.monotonic(), 0.001)
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""
@@ -189,6 +205,8 @@ class Exchange:
             if self._line is None or self._line.is_closed:
                 async with asyncio.timeout(timeout_s):
                     self._line = await self._dialler.dial()
+                if self._dialler.is_closed:  # meanwhile
+                    self._line.close()
             return self._line
 
 
@@ -226,6 +244,7 @@ class Courier:
 
     def __init__(self, remote: AsyncRemote, dialler: Dialler) -> None:
         self._remote = remote
+        self._dialler = dialler
         self._gathered: deque[_Pending] = deque()
         self._lanes = [_Lane(Exchange(dialler)) for _ in range(LANES)]
         self._is_due = False
@@ -243,14 +262,15 @@ class Courier:
 
     async def stop(self) -> None:
         """Refuse what waits; give up the requests under way."""
+        self._dispatch()
         tasks = [lane.task for lane in self._lanes if lane.task is not None]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        self._refuse(self._gathered, Unavailable("closed; connect again"))
-        self._gathered.clear()
         for lane in self._lanes:
+            # A task that was cancelled before its first step has told nobody.
+            self._refuse(lane.batch, Unavailable(UNDER_WAY))
             lane.exchange.close()
 
     def _dispatch_soon(self) -> None:
@@ -261,6 +281,10 @@ class Courier:
 
     def _dispatch(self) -> None:
         self._is_due = False
+        if self._dialler.is_closed:
+            self._refuse(self._gathered, Unavailable("closed; connect again"))
+            self._gathered.clear()
+            return
         idle = [lane for lane in self._lanes if lane.task is None]
         under_way = sum(len(lane.batch) for lane in self._lanes)
         # A few ops behind many are better off with those that come when the many are answered.
@@ -297,7 +321,29 @@ class Courier:
         return batch
 
     async def _send(self, lane: _Lane) -> None:
-        batch = lane.batch
+        # Those that are refused together are tried in halves: nobody's op is refused for another task's.
+        parts = [lane.batch]
+        try:
+            while parts:
+                part = parts.pop()
+                try:
+                    found = await self._outcomes(lane, part)
+                except HoldfastError as error:
+                    if len(part) > 1 and messages.may_be_of_one(error):
+                        middle = len(part) // 2
+                        parts += [part[middle:], part[:middle]]
+                    else:
+                        self._refuse(part, error)
+                else:
+                    self._settle(part, found)
+        except BaseException:
+            self._refuse(lane.batch, Unavailable(UNDER_WAY))
+            raise
+        finally:
+            lane.batch, lane.task = [], None
+        self._dispatch_soon()
+
+    async def _outcomes(self, lane: _Lane, batch: list[_Pending]) -> list[Answer | HoldfastError]:
         lane.number += 1
         request = self._remote.requests.render(
             "POST",
@@ -305,24 +351,17 @@ class Courier:
             messages.batch_body([pending.encoded for pending in batch], atomic=False),
             messages.retry_line(Retry(lane.client, lane.number)),
         )
-        try:
-            found = messages.outcomes(await lane.exchange.response_to(request, self._remote.timeout_s))
-        except HoldfastError as error:
-            self._refuse(batch, error)
-        except BaseException:
-            self._refuse(batch, Unavailable("closed while the request was under way; whether it happened is not known"))
-            raise
-        else:
-            for pending, outcome in zip(batch, found, strict=True):
-                if pending.future.done():
-                    continue
-                if isinstance(outcome, HoldfastError):
-                    pending.future.set_exception(outcome)
-                else:
-                    pending.future.set_result(outcome)
-        finally:
-            lane.batch, lane.task = [], None
-        self._dispatch_soon()
+        return messages.outcomes(await lane.exchange.response_to(request, self._remote.timeout_s), len(batch))
+
+    @staticmethod
+    def _settle(batch: list[_Pending], found: list[Answer | HoldfastError]) -> None:
+        for pending, outcome in zip(batch, found, strict=True):
+            if pending.future.done():
+                continue
+            if isinstance(outcome, HoldfastError):
+                pending.future.set_exception(outcome)
+            else:
+                pending.future.set_result(outcome)
 
     @staticmethod
     def _refuse(batch: Collection[_Pending], error: HoldfastError) -> None:
@@ -413,21 +452,23 @@ class AsyncRemote(AsyncHoldfast):
         self._asking = Exchange(self._dialler)
         self.courier = Courier(self, self._dialler)
         self._idle: list[_Own] = []
-        self._is_closed = False
+        self._busy: set[_Own] = set()
+        self._streams: weakref.WeakSet[AsyncRemoteEvents] = weakref.WeakSet()
 
     def __str__(self) -> str:
         return str(self._dialler.address)
 
     async def aclose(self) -> None:
-        """Close the connections; calls under way get Unavailable."""
-        self._is_closed = True
+        """Close the connections, and end the event streams; calls under way get Unavailable."""
+        self._dialler.is_closed = True
         await self.courier.stop()
-        for exchange in (self._asking, *(own.exchange for own in self._idle)):
+        for exchange in (self._asking, *(own.exchange for own in (*self._idle, *self._busy))):
             exchange.close()
+        for events in list(self._streams):
+            events.close()
 
     async def ask(self, method: str, target: str) -> Response:
         """The response to a question."""
-        self._check_open()
         return await self._asking.response_to(self.requests.render(method, target), self.timeout_s)
 
     async def flush(self) -> FlushReport:
@@ -439,21 +480,22 @@ class AsyncRemote(AsyncHoldfast):
 
     def events(self, after: int | None = None, *, ops: Collection[str] = (), ids: Collection[str] = ()) -> AsyncEvents:
         """As ``AsyncHoldfast.events``; begins with the first turn of the loop, and goes on when the daemon restarts."""
-        self._check_open()
-        return AsyncRemoteEvents(self._dialler, self.requests, after, ops, ids)
+        self._dialler.check_open()
+        events = AsyncRemoteEvents(self._dialler, self.requests, after, ops, ids)
+        self._streams.add(events)
+        return events
 
     def _perform(self, op: AnyOp, durability: Durability | None) -> Coroutine[Any, Any, Answer]:
         return self._carried(op, durability)
 
     async def _carried(self, op: AnyOp, durability: Durability | None) -> Answer:
-        if self._is_closed:
-            self._check_open()
+        self._dialler.check_open()
         return await self.courier.carry(op, durability)
 
     async def _perform_together(self, ops: list[AnyOp], durability: Durability | None) -> None:
         body = messages.batch_body([messages.encode_op(op) for op in ops], atomic=True)
         target = messages.batch_target(durability)
-        messages.outcomes(await self._alone(partial(self._numbered, target, body), self.timeout_s))
+        messages.outcomes(await self._alone(partial(self._numbered, target, body), self.timeout_s), len(ops))
 
     def _pipeline(self, durability: Durability | None) -> AsyncBlock:
         return _Pipeline(self, durability)
@@ -474,15 +516,18 @@ class AsyncRemote(AsyncHoldfast):
 
     async def _alone(self, render: Callable[[_Own], bytes], timeout_s: float) -> Response:
         """The response to a request on a connection of its own, so that it holds up nobody."""
-        self._check_open()
+        self._dialler.check_open()
         own = self._idle.pop() if self._idle else _Own(Exchange(self._dialler))
+        self._busy.add(own)
         try:
             response = await own.exchange.response_to(render(own), timeout_s)
         except BaseException:
             # Cancelled, perhaps: closing tells the daemon that nobody waits any more.
             own.exchange.close()
             raise
-        if self._is_closed:
+        finally:
+            self._busy.discard(own)
+        if self._dialler.is_closed:
             own.exchange.close()
         else:
             self._idle.append(own)
@@ -490,10 +535,6 @@ class AsyncRemote(AsyncHoldfast):
 
     def _numbered(self, target: str, body: bytes, own: _Own) -> bytes:
         return own.numbered(self.requests, target, body)
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise Unavailable("closed; connect again")
 
 
 class _Own:
@@ -525,6 +566,8 @@ class AsyncRemoteEvents:
         self._writer: asyncio.StreamWriter | None = None
         self._reader: asyncio.StreamReader | None = None
         self._is_closed = False
+        self._pauses = Pauses(dialler.backoff)
+        self._reason: Exception | str = "the stream was ended"
 
     @property
     def position(self) -> int:
@@ -545,6 +588,7 @@ class AsyncRemoteEvents:
             if event is not None:
                 return event
             if self._reader is None:
+                await asyncio.sleep(self._pauses.before_next(self._reason))
                 await self._open()
             elif not await self._receive():
                 self._drop()
@@ -564,24 +608,33 @@ class AsyncRemoteEvents:
             async with asyncio.timeout(SILENCE_MAX_S):
                 self._receiver.feed(await self._reader.read(RECEIVE_BYTES))
             self._blocks.feed(self._receiver.take_body())
-        except (OSError, WireError):
+        except (OSError, WireError) as error:
+            self._reason = error
             return False
+        self._pauses.note_progress()
         return self._receiver.has_head and not self._receiver.is_whole
 
     async def _open(self) -> None:
         backoff = self._dialler.backoff()
-        while True:
+        while not self._is_closed:
             try:
                 async with asyncio.timeout(backoff.left_s):
                     refused = await self._begin()
                 if refused is None:
                     self._dialler.has_reached = True
+                    self._pauses.note_opening()
                     return
                 if not messages.is_temporary(refused):
                     raise messages.refusal_in(refused)
                 reason: Exception = messages.refusal_in(refused)
+            except PermissionError as error:
+                raise Unavailable(f"{self._dialler.address}: {described(error)}") from None
             except (OSError, WireError) as error:
                 reason = error
+            except BaseException:
+                # Cancelled, perhaps: what was begun only half must not be taken for a stream.
+                self._drop()
+                raise
             self._drop()
             await asyncio.sleep(backoff.next_pause_s(reason))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 
@@ -18,8 +19,9 @@ class Backoff:
     Pauses double and are spread at random, so that the clients of a daemon do not all come at the same moment.
     """
 
-    def __init__(self, timeout_s: float, what: str) -> None:
-        self._ends_at = time.monotonic() + timeout_s
+    def __init__(self, timeout_s: float, what: str, ends_at: float = math.inf) -> None:
+        """Begin to try: for *timeout_s*, and never beyond *ends_at* of the monotonic clock."""
+        self._ends_at = min(time.monotonic() + timeout_s, ends_at)
         self._timeout_s = timeout_s
         self._what = what
         self._pause_s = FIRST_S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from typing import Any, get_args
 from urllib.parse import quote, urlencode
@@ -12,7 +13,16 @@ import orjson
 from holdfast import __version__, values
 from holdfast.client.wire import Response
 from holdfast.clock import format_ms
-from holdfast.errors import Gone, HoldfastError, Unavailable, error_of
+from holdfast.errors import (
+    BadRequest,
+    Gone,
+    HoldfastError,
+    InvalidJson,
+    InvalidRecord,
+    TooLarge,
+    Unavailable,
+    error_of,
+)
 from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Retry, SessionLease, SessionPut
 
 BATCH_OPS_MAX = 512
@@ -24,6 +34,8 @@ PATH_OF = {"sessions": "/v1/sessions", "orders": "/v1/orders", "users": "/v1/use
 
 _NO_LIMITS = values.ValueLimits(bytes_max=1 << 62, depth_max=1 << 62, keys_max=1 << 62)
 """The daemon has limits of its own."""
+
+NO_TEXT = "a lone surrogate is not text; send valid Unicode"
 
 _NO_OPTIONS = (None, None, None, None)
 
@@ -83,13 +95,19 @@ def encode_op(op: AnyOp) -> bytes:
         InvalidRecord: its value is nothing that can be kept exactly.
     """
     value = getattr(op, "value", None)
-    if value is None:
-        return _encode(op)
-    encoded = values.encode(value, _NO_LIMITS)
-    if type(op) is SessionPut and (op.if_version, op.ttl, op.lease, op.idempotency_key) == _NO_OPTIONS:
-        return b'{"op":"session.put","id":%b,"value":%b}' % (_encode(op.id), encoded)
-    fields = {name: found for name in op.__struct_fields__ if (found := getattr(op, name)) is not None}
-    return _encode({"op": type(op).__struct_config__.tag} | fields | {"value": msgspec.Raw(encoded)})
+    try:
+        if type(op) is SessionPut and (op.if_version, op.ttl, op.lease, op.idempotency_key) == _NO_OPTIONS:
+            return b'{"op":"session.put","id":%b,"value":%b}' % (_encode(op.id), values.encode(op.value, _NO_LIMITS))
+        ttl = getattr(op, "ttl", None)
+        if isinstance(ttl, float) and not math.isfinite(ttl):  # which JSON has no word for
+            raise InvalidRecord(f"ttl: expected a number of seconds, found {ttl}")
+        if value is None:
+            return _encode(op)
+        encoded = values.encode(value, _NO_LIMITS)
+        fields = {name: found for name in op.__struct_fields__ if (found := getattr(op, name)) is not None}
+        return _encode({"op": type(op).__struct_config__.tag} | fields | {"value": msgspec.Raw(encoded)})
+    except UnicodeEncodeError:
+        raise InvalidRecord(NO_TEXT) from None
 
 
 def record_of(op: AnyOp) -> str | None:
@@ -124,9 +142,16 @@ def collection_target(collection: str) -> str:
 
 
 def record_target(collection: str, id: str) -> str:
-    """The path of a record."""
-    # Only what no path means otherwise: a proxy would resolve "." and "..".
-    return f"{collection_target(collection)}/{quote(id, safe='') if id not in ('.', '..') else '%2E' * len(id)}"
+    """The path of a record.
+
+    Raises:
+        InvalidRecord: *id* is no text that can be sent.
+    """
+    try:
+        # Only what no path means otherwise: a proxy would resolve "." and "..".
+        return f"{collection_target(collection)}/{quote(id, safe='') if id not in ('.', '..') else '%2E' * len(id)}"
+    except UnicodeEncodeError:
+        raise InvalidRecord(NO_TEXT) from None
 
 
 def page_target(collection: str, limit: int, cursor: str | None, since_ms: int | None, state: str | None) -> str:
@@ -152,17 +177,24 @@ def lease_body(op: SessionLease, wait_s: float) -> bytes:
 # Answers.
 
 
-def outcomes(response: Response) -> list[Answer | HoldfastError]:
-    """What became of each op of a batch.
+def outcomes(response: Response, count: int) -> list[Answer | HoldfastError]:
+    """What became of each of the *count* ops of a batch.
 
     Raises:
         HoldfastError: of the batch as a whole.
     """
     check(response)
-    return [
-        one if one.code is None else error_of(one.code, one.detail, one.status)
-        for one in _decoded(_decode_batch, response).results
-    ]
+    results = _decoded(_decode_batch, response).results
+    if len(results) != count:
+        raise Unavailable(
+            f"expected the answers to {count} ops, found {len(results)}; is it a daemon of another version?"
+        )
+    return [one if one.code is None else error_of(one.code, one.detail, one.status) for one in results]
+
+
+def may_be_of_one(error: HoldfastError) -> bool:
+    """Whether a batch that was refused whole, with nothing done, may be good but for some of its ops or its size."""
+    return isinstance(error, BadRequest | InvalidJson | InvalidRecord | TooLarge)
 
 
 def record_in(response: Response, id: str) -> Record | None:

@@ -6,15 +6,15 @@ import contextlib
 import socket
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from urllib.parse import urlencode
 
 from holdfast.client import messages
 from holdfast.client.address import Address
-from holdfast.client.backoff import Backoff
+from holdfast.client.backoff import Backoff, described
 from holdfast.client.connection import limit_calls, open_socket
 from holdfast.client.wire import Receiver, Requests, Response, WireError
-from holdfast.errors import BadRequest
+from holdfast.errors import BadRequest, Unavailable
 from holdfast.events import Event, event_of
 
 SILENCE_MAX_S = 60.0
@@ -22,6 +22,10 @@ SILENCE_MAX_S = 60.0
 
 RECEIVE_BYTES = 64 << 10
 EVENT_BYTES_MAX = 32 << 20
+LASTING_S = 1.0
+"""A connection that held for so long was a good one, even if nothing happened meanwhile."""
+
+EVENTS_PATH = "/v1/events"
 
 
 class Blocks:
@@ -29,12 +33,14 @@ class Blocks:
 
     Attributes:
         position: everything up to this seq was handed out; None until it is known.
+        payload: the JSON of the event that was handed out last, as the daemon sent it.
     """
 
     def __init__(self, position: int | None) -> None:
         self.position = position
+        self.payload = b""
         self._rest = bytearray()
-        self._ready: deque[tuple[Event | None, int | None]] = deque()
+        self._ready: deque[tuple[Event | None, int | None, bytes]] = deque()
         # Ops of an atomic batch whose last one is still to come: handed out so far, and to be skipped of its repeat.
         self._handed_out = 0
         self._to_skip = 0
@@ -59,27 +65,29 @@ class Blocks:
         """The next event, which counts as handed out; None when more must come first."""
         self.settle()
         while self._ready:
-            event, id = self._ready.popleft()
+            event, id, payload = self._ready.popleft()
             assert event is not None
+            is_repeated = self._to_skip > 0 and event.seq == self._skipped_seq
             if id is not None:
-                self.position, self._handed_out = id, 0
-            else:
+                self._pass(id)
+            elif not is_repeated:
                 self._handed_out += 1
             self.settle()
-            if self._to_skip and event.seq == self._skipped_seq:
+            if is_repeated:
                 self._to_skip -= 1
                 continue
             self._to_skip = 0
             self._skipped_seq = event.seq
+            self.payload = payload
             return event
         return None
 
     def settle(self) -> None:
         """Take note of positions that stand before the next event."""
         while self._ready and self._ready[0][0] is None:
-            _, id = self._ready.popleft()
+            _, id, _ = self._ready.popleft()
             if id is not None:
-                self.position, self._handed_out = id, 0
+                self._pass(id)
 
     def begin_again(self) -> None:
         """The next bytes come from another connection, which begins behind ``position``.
@@ -88,20 +96,25 @@ class Blocks:
         """
         self._rest.clear()
         self._ready.clear()
-        self._to_skip, self._handed_out = self._handed_out, 0
+        self._to_skip = self._handed_out
+
+    def _pass(self, id: int) -> None:
+        # A connection begins by saying where it goes on from; that is no news of the batch that is under way.
+        if id != self.position:
+            self.position, self._handed_out = id, 0
 
     def _read(self, block: bytes) -> None:
-        data, id = None, None
+        payload, id = b"", None
         for line in block.split(b"\n"):
             if line.startswith(b"data: "):
-                data = line[6:]
+                payload = line[6:]
             elif line.startswith(b"id: ") and line[4:].isdigit():
                 id = int(line[4:])
         try:
-            event = None if data is None else event_of(data)
-        except ValueError as error:
+            event = event_of(payload) if payload else None
+        except (ValueError, LookupError, TypeError) as error:
             raise WireError(f"an event that cannot be read: {error}") from None
-        self._ready.append((event, id))
+        self._ready.append((event, id, payload))
 
 
 def stream_request(requests: Requests, position: int | None, ops: Collection[str], ids: Collection[str]) -> bytes:
@@ -109,8 +122,47 @@ def stream_request(requests: Requests, position: int | None, ops: Collection[str
     query = urlencode([("op", op) for op in ops] + [("id", id) for id in ids])
     resume = "" if position is None else f"Last-Event-ID: {position}\r\n"
     return requests.render(
-        "GET", f"/v1/events{'?' if query else ''}{query}", None, f"Accept: text/event-stream\r\n{resume}"
+        "GET", f"{EVENTS_PATH}{'?' if query else ''}{query}", None, f"Accept: text/event-stream\r\n{resume}"
     )
+
+
+class Pauses:
+    """Between the connections of one stream: none behind one that was good for something, else growing ones.
+
+    So a stream whose daemon goes on serving nothing but nonsense neither hammers it nor goes on for ever.
+    """
+
+    def __init__(self, new_backoff: Callable[[], Backoff]) -> None:
+        self.new_backoff = new_backoff
+        self._backoff: Backoff | None = None
+        self._opened_at = 0.0
+        self._was_good = True
+
+    def note_opening(self) -> None:
+        """A connection was opened."""
+        self._opened_at = time.monotonic()
+        self._was_good = False
+
+    def note_progress(self) -> None:
+        """It has brought something."""
+        self._was_good = True
+
+    def before_next(self, reason: Exception | str) -> float:
+        """Seconds to wait before the next one.
+
+        Raises:
+            Unavailable: there were too many that were good for nothing; *reason* says why the last one was not.
+        """
+        if self._was_good or time.monotonic() - self._opened_at >= LASTING_S:
+            self._backoff = None
+            return 0.0
+        if self._backoff is None:
+            self._backoff = self.new_backoff()
+        try:
+            return self._backoff.next_pause_s(reason)
+        except Unavailable:
+            self._backoff = None
+            raise
 
 
 class RemoteEvents:
@@ -126,19 +178,21 @@ class RemoteEvents:
         after: int | None,
         ops: Collection[str],
         ids: Collection[str],
+        first_s: float,
         timeout_s: float,
     ) -> None:
-        """Begin the stream; raises what the daemon refuses."""
+        """Begin the stream, within *first_s*; later the daemon may be away for *timeout_s*. Raises what it refuses."""
         self._address = address
         self._requests = requests
         self._ops = named(ops, "ops")
         self._ids = named(ids, "ids")
-        self._timeout_s = timeout_s
         self._blocks = Blocks(after)
         self._socket: socket.socket | None = None
         self._receiver = Receiver()
         self._is_closed = False
-        self._open()
+        self._reason: Exception | str = "the stream was ended"
+        self._pauses = Pauses(lambda: Backoff(timeout_s, str(address)))
+        self._open(Backoff(first_s, str(address)))
 
     @property
     def position(self) -> int:
@@ -162,10 +216,11 @@ class RemoteEvents:
             event = self._blocks.next()
             if event is not None:
                 return event
-            if not self._receive():
+            if self._socket is None:
+                time.sleep(self._pauses.before_next(self._reason))
+                self._open(self._pauses.new_backoff())
+            elif not self._receive():
                 self._drop()
-                if not self._is_closed:
-                    self._open()
         self._drop()
         raise StopIteration
 
@@ -182,26 +237,28 @@ class RemoteEvents:
         try:
             self._receiver.feed(self._socket.recv(RECEIVE_BYTES))
             self._blocks.feed(self._receiver.take_body())
-        except (OSError, WireError):
+        except (OSError, WireError) as error:
+            self._reason = error
             return False
+        self._pauses.note_progress()
         return not self._receiver.is_whole and self._receiver.has_head
 
-    def _open(self) -> None:
-        backoff = Backoff(self._timeout_s, str(self._address))
-        while True:
+    def _open(self, backoff: Backoff) -> None:
+        while not self._is_closed:
             try:
                 refused = self._begin(backoff.left_s)
                 if refused is None:
+                    self._pauses.note_opening()
                     return
                 if not messages.is_temporary(refused):
                     raise messages.refusal_in(refused)
                 reason: Exception = messages.refusal_in(refused)
+            except PermissionError as error:
+                raise Unavailable(f"{self._address}: {described(error)}") from None
             except (OSError, WireError) as error:
                 reason = error
             self._drop()
             time.sleep(backoff.next_pause_s(reason))
-            if self._is_closed:
-                return
 
     def _begin(self, timeout_s: float) -> Response | None:
         """Open a connection and read the head of its answer; the whole answer when it is a refusal."""

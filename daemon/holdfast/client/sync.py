@@ -6,12 +6,13 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from holdfast.blocking import Block, Events, Holdfast
 from holdfast.client import messages
-from holdfast.client.address import Address, address_of, token_of
+from holdfast.client.address import Address, address_of, timeout_of, token_of
 from holdfast.client.backoff import Backoff, described
 from holdfast.client.connection import Channel
 from holdfast.client.stream import RemoteEvents
@@ -40,21 +41,22 @@ def connect(
     """Use the daemon at *address*: ``unix:PATH``, ``http://HOST:PORT``, or ``https://HOST`` of a proxy before it.
 
     Nothing is sent before the first call. When the daemon is away, calls wait for it and are tried again, safely, for
-    *timeout* seconds each; so a restart shows as a delay.
+    *timeout* seconds each; so a restart shows as a delay. One that was never reached is waited for no longer than 5 s.
 
     Args:
         token: for TCP; else what *token_file* holds, else HOLDFAST_TOKEN.
-        timeout: seconds that a call may take, tries included; a lease's waiting and a flush come on top.
+        timeout: seconds that a call may take, tries included; a lease's waiting and a flush come on top. The waiting for
+            one answer begins anew with each signal that the calling thread handles.
 
     Raises:
-        SettingsError: the address or token has no meaning.
+        SettingsError: the address, token or timeout has no meaning.
 
     Example::
 
         with holdfast.connect("unix:data/holdfast.sock") as hf:
             hf.sessions.put("573001234567", {"currentState": "catalog"})
     """
-    return Remote(address_of(address), token_of(token, token_file), timeout)
+    return Remote(address_of(address), token_of(token, token_file), timeout_of(timeout))
 
 
 class _Answers:
@@ -131,7 +133,7 @@ class _Pipeline:
 
     def _send(self) -> None:
         ops, self._ops, self._bytes = self._ops, [], 0
-        for outcome in self._remote.batch(ops, self._durability, atomic=False):
+        for outcome in self._remote.each(ops, self._durability):
             if isinstance(outcome, HoldfastError):
                 self._refusal = self._refusal or outcome
 
@@ -145,6 +147,7 @@ class Remote(Holdfast):
         self._requests = Requests(address.host_header, token)
         self._timeout_s = timeout_s
         self._idle: list[Channel] = []
+        self._streams: weakref.WeakSet[RemoteEvents] = weakref.WeakSet()
         self._is_closed = False
         self._has_reached = False
         _remotes.add(self)
@@ -159,13 +162,23 @@ class Remote(Holdfast):
     def events(self, after: int | None = None, *, ops: Collection[str] = (), ids: Collection[str] = ()) -> Events:
         """As ``Holdfast.events``; when the daemon restarts, the stream goes on where it was."""
         self._check_open()
-        return RemoteEvents(self._address, self._requests, after, ops, ids, self._timeout_s)
+        events = RemoteEvents(self._address, self._requests, after, ops, ids, self._patience_s(), self._timeout_s)
+        self._has_reached = True
+        self._streams.add(events)
+        if self._is_closed:  # by another thread, meanwhile
+            events.close()
+        return events
 
     def close(self) -> None:
-        """Close the connections that are idle; what other threads have under way ends by itself."""
+        """Close the connections that are idle, and end the event streams.
+
+        A request that another thread has under way is still answered; one that waits for a daemon that is away is given up.
+        """
         self._is_closed = True
         while self._idle:
             self._idle.pop().close()
+        for events in list(self._streams):
+            events.close()
 
     def ask(self, method: str, target: str, body: bytes | None = None, *, extra_s: float = 0.0) -> Response:
         """The response to a request that may be sent twice; errors as ``connect`` says."""
@@ -176,7 +189,19 @@ class Remote(Holdfast):
         """What became of each of the encoded *ops*; raises what was refused as a whole."""
         body = messages.batch_body(ops, atomic=atomic)
         target = messages.batch_target(durability)
-        return messages.outcomes(self._exchange(partial(self._once, target, body)))
+        return messages.outcomes(self._exchange(partial(self._once, target, body)), len(ops))
+
+    def each(self, ops: list[bytes], durability: Durability | None) -> list[Answer | HoldfastError]:
+        """What became of each of the encoded *ops*, none of which keeps the others back."""
+        try:
+            return self.batch(ops, durability, atomic=False)
+        except HoldfastError as error:
+            if not messages.may_be_of_one(error):
+                raise
+            if len(ops) == 1:
+                return [error]
+        middle = len(ops) // 2
+        return self.each(ops[:middle], durability) + self.each(ops[middle:], durability)
 
     def _perform(self, op: AnyOp, durability: Durability | None) -> Answer:
         outcome = self.batch([messages.encode_op(op)], durability, atomic=False)[0]
@@ -213,14 +238,15 @@ class Remote(Holdfast):
             channel = self._idle.pop()
         except IndexError:
             channel = Channel(self._address)
-        timeout_s = self._timeout_s + extra_s
+        timeout_s = left_s = self._timeout_s + extra_s
+        ends_at = time.monotonic() + timeout_s
         backoff: Backoff | None = None
         is_fresh = not channel.is_open
         try:
             request = render(channel)
             while True:
                 try:
-                    response = channel.exchange(request, timeout_s)
+                    response = channel.exchange(request, left_s)
                     self._has_reached = True
                     if not messages.is_temporary(response):
                         return response
@@ -237,15 +263,24 @@ class Remote(Holdfast):
                         # The daemon closes connections that were idle for long; a new one serves.
                         is_fresh = True
                         continue
+                self._check_open()
                 if backoff is None:
-                    left_s = self._timeout_s if self._has_reached else min(self._timeout_s, FIRST_CONTACT_S)
-                    backoff = Backoff(left_s, str(self))
+                    backoff = Backoff(self._patience_s(), str(self), ends_at)
                 time.sleep(backoff.next_pause_s(reason))
+                left_s = max(ends_at - time.monotonic(), 0.001)
+                if isinstance(reason, HoldfastError):
+                    # Refused, perhaps since there are too many connections: one that nobody uses now will do.
+                    with suppress(IndexError):
+                        channel.take_over(self._idle.pop())
         finally:
             if self._is_closed or len(self._idle) >= IDLE_CONNECTIONS_MAX:
                 channel.close()
             else:
                 self._idle.append(channel)
+
+    def _patience_s(self) -> float:
+        """How long a daemon may be away."""
+        return self._timeout_s if self._has_reached else min(self._timeout_s, FIRST_CONTACT_S)
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -254,6 +289,7 @@ class Remote(Holdfast):
     def _forget_in_child(self) -> None:
         # Two processes on one connection would read each other's answers.
         self._idle = []
+        self._streams = weakref.WeakSet()
         self._renewals = Renewals()
 
 

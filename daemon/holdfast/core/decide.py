@@ -295,18 +295,32 @@ def _session_lease(state: State, op: SessionLease, rules: Rules, seq: int, now_m
         raise Conflict(f"lease {op.generation} of session {op.id!r} has ended; take a new one without a generation")
     # The seq makes generations grow for ever without anyone remembering the last one of each session.
     return Event(
-        seq, format_ms(now_ms), "session.lease", id=op.id, generation=generation, until=now_ms + ttl, owner=op.owner
+        seq,
+        format_ms(now_ms),
+        "session.lease",
+        id=op.id,
+        version=_session_version(state, op.id),
+        generation=generation,
+        until=now_ms + ttl,
+        owner=op.owner,
     )
 
 
 def _session_release(state: State, op: SessionRelease, rules: Rules, seq: int, now_ms: int) -> Event | Answer:
     check_id(op.id, rules)
     lease = _active_lease(state, op.id, now_ms)
+    version = _session_version(state, op.id)
     if lease is None:
-        return Answer(status=200, seq=seq - 1, id=op.id)
+        return Answer(status=200, seq=seq - 1, id=op.id, version=version)
     if lease["generation"] != op.generation:
         raise _leased(op.id, lease, now_ms)
-    return Event(seq, format_ms(now_ms), "session.release", id=op.id, generation=op.generation)
+    return Event(seq, format_ms(now_ms), "session.release", id=op.id, version=version, generation=op.generation)
+
+
+def _session_version(state: State, id: str) -> int:
+    """The version of a session that a lease leaves as it is; 0 when there is none yet."""
+    line = state.sessions.get(id)
+    return 0 if line is None else record.version_of(line)[0]
 
 
 def _activity(text: Any, rules: Rules) -> int:

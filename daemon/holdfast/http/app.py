@@ -44,6 +44,9 @@ ACCEPT_AT_ONCE = 16
 """asyncio accepts as many connections as its backlog says before it tells us of the first: a burst must not take
 the descriptors that the disk needs."""
 
+ALONE_AFTER = 8
+"""Requests of one connection in a row, after which its client counts as the only one."""
+
 LOG_LINES_MAX = 10
 """Lines about refused connections in a minute, and about dropped streams."""
 
@@ -98,7 +101,9 @@ class HttpService:
         self._servers: list[asyncio.AbstractServer] = []
         self._sweeper: asyncio.Task[None] | None = None
         self._in_flight = 0
-        self._drained = asyncio.Event()
+        self._latest: Connection | None = None
+        self._in_a_row = 0
+        self._progressed = asyncio.Event()
         self._lines_dropped = lines_dropped
         self._exposition: Exposition | None = None
         self._refusals = Throttle(LOG_LINES_MAX, 60.0)
@@ -212,12 +217,12 @@ class HttpService:
 
     async def drain(self) -> None:
         """Wait until no request is in flight, nor likely on its way; the caller sets the deadline."""
-        ends_at = time.monotonic() + FIRST_REQUEST_S
-        while any(connection.is_new for connection in self.connections) and time.monotonic() < ends_at:
-            await asyncio.sleep(FIRST_REQUEST_S / 20)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_REQUEST_S):
+                while any(connection.is_new for connection in self.connections):
+                    await self._progress()
         while self._in_flight:
-            self._drained.clear()
-            await self._drained.wait()
+            await self._progress()
 
     async def stop(self) -> None:
         """Close every connection; a request still in flight is cut off. May be called at any time, and twice."""
@@ -269,15 +274,30 @@ class HttpService:
             log.warning("connections.refused", open=len(self.connections), limit=self._connections_max)
         return False
 
-    def began(self) -> None:
-        """A request is in flight."""
+    def left(self, connection: Connection) -> None:
+        """*connection* is closed."""
+        self.connections.discard(connection)
+        if connection is self._latest:
+            self._latest = None
+        self._progressed.set()
+
+    def began(self, connection: Connection) -> None:
+        """A request of *connection* is in flight."""
         self._in_flight += 1
+        if connection is self._latest:
+            self._in_a_row += 1
+        else:
+            self._latest, self._in_a_row = connection, 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the request in hand is all there is to do: one client asks, one request after the other."""
+        return self._in_a_row >= ALONE_AFTER and self._in_flight == 1
 
     def ended(self) -> None:
         """It is answered, or its client gone."""
         self._in_flight -= 1
-        if not self._in_flight:
-            self._drained.set()
+        self._progressed.set()
 
     def stream_began(self, connection: Connection) -> None:
         """The request in flight on *connection* has become a stream, for which nobody waits."""
@@ -292,13 +312,18 @@ class HttpService:
         self._streams.discard(connection)
         if not self._streams:
             self._streams_over.set()
-        self.began()
+        self._in_flight += 1
 
     def stream_dropped(self, lag: int) -> None:
         """A stream is cut off, because its client takes nothing."""
         self.measures.streams_dropped += 1
         if self._drops.allows("", time.monotonic()):
             log.warning("stream.dropped", reason="its reader took nothing for limits.stream_stall", lag=lag)
+
+    async def _progress(self) -> None:
+        """Return when a request has ended or a connection is closed."""
+        self._progressed.clear()
+        await self._progressed.wait()
 
     async def _sweep(self) -> NoReturn:
         loop = asyncio.get_running_loop()

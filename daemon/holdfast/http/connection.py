@@ -45,8 +45,11 @@ class Owner(Protocol):
     def has_room(self) -> bool:
         """Whether one more connection is taken."""
 
-    def began(self) -> None:
-        """A request is in flight."""
+    def left(self, connection: Connection) -> None:
+        """*connection* is closed."""
+
+    def began(self, connection: Connection) -> None:
+        """A request of *connection* is in flight."""
 
     def ended(self) -> None:
         """It is answered, or its client gone."""
@@ -128,7 +131,7 @@ class Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Wake a handler that waits for the rest of its body, or for more to send."""
-        self._owner.connections.discard(self)
+        self._owner.left(self)
         super().connection_lost(exc)
         if self._source is not None:
             self._source.close()
@@ -266,7 +269,7 @@ class Connection(web.RequestHandler):
                 self._resume_reading_if_drained()
             self._is_busy = True
             self.deadline = math.inf
-            owner.began()
+            owner.began(self)
             try:
                 if isinstance(message, RawRequestMessage):
                     stays_open = await self._answer(message)

@@ -60,6 +60,10 @@ class Source(Protocol):
     def connections_max(self) -> int:
         """How many there may be."""
 
+    @property
+    def open_streams(self) -> int:
+        """How many of those that are open are event streams."""
+
 
 class Exposition:
     """All metrics of one daemon; a scrape may come from any thread, and takes no lock that an op waits for."""
@@ -159,6 +163,9 @@ def _journal_metrics(gauges: Gauges) -> Iterator[Metric]:
         "journal_max_bytes", "The setting journal_max: a larger journal is flushed at once.", gauges.journal_bytes_max
     )
     yield _gauge("journal_segments", "Files of the journal.", gauges.journal_segments)
+    yield _gauge(
+        "journal_kept_bytes", "Size of the segments kept for event streams that resume.", gauges.journal_kept_bytes
+    )
     yield _gauge(
         "journal_deferred_bytes",
         "Acknowledged under interval and not yet in the journal: lost with the process.",
@@ -278,6 +285,12 @@ def _http_metrics(source: Source) -> Iterator[Metric]:
         "http_connections_refused_total",
         "Connections that were turned away, because too many were open.",
         measures.connections_refused,
+    )
+    yield _gauge("http_streams", "Open event streams.", source.open_streams)
+    yield _counter(
+        "http_streams_dropped_total",
+        "Event streams that were cut off, because their readers took nothing.",
+        measures.streams_dropped,
     )
     yield _histogram(
         "event_loop_lag_seconds",

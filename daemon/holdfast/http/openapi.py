@@ -29,8 +29,10 @@ from holdfast.http.guard import OPEN_PATHS
 from holdfast.http.problem import GUESSING_RETRY_AFTER_S, PROBLEM_JSON, RETRY_AFTER_S, Problem
 from holdfast.http.reply import JSON
 from holdfast.http.request import PATCH_TYPE
-from holdfast.http.routes import declared, records
+from holdfast.http.routes import RECORDS, declared
 from holdfast.http.routes.answers import Refusal
+from holdfast.http.routes.kinds import Paths
+from holdfast.http.routes.records import CUSTOM_PATHS
 from holdfast.http.routes.route import Body, Field, Outcome, Route, text_of
 from holdfast.ops import Answer
 from holdfast.settings import LimitSettings
@@ -217,7 +219,7 @@ class _Builder:
         return operation
 
     def _path_parameter(self, path: str, name: str) -> _Schema:
-        key, schema = ("name", _NAME) if name == "name" else _id_of(records.PATHS.get(_tag(path), records.CUSTOM_PATHS))
+        key, schema = ("name", _NAME) if name == "name" else _id_of(RECORDS.get(_tag(path), CUSTOM_PATHS))
         self._path_parameters[key] = schema
         return _reference("parameters", key)
 
@@ -286,7 +288,7 @@ class _Builder:
         return described
 
 
-def _id_of(paths: records.Paths) -> tuple[str, _Schema]:
+def _id_of(paths: Paths) -> tuple[str, _Schema]:
     noun = paths.kind.noun
     return f"{noun}_id", {
         "name": "id",

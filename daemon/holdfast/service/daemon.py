@@ -185,7 +185,9 @@ class _Daemon:
         )
         if clean:
             return 0
-        self._log.error("daemon.failed", reason=f"the stop was not clean: {self._shutdown.failure}", exit_code=EXIT_FAILED)
+        self._log.error(
+            "daemon.failed", reason=f"the stop was not clean: {self._shutdown.failure}", exit_code=EXIT_FAILED
+        )
         return EXIT_FAILED
 
     # Start.

@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import queue
-import re
 import select
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, NoReturn
 
 import orjson
 import structlog
 
 from holdfast.clock import format_ms
-from holdfast.errors import HoldfastError
-from holdfast.service.events import EVENTS, Event, events_table
+from holdfast.service.events import EVENTS
+from holdfast.service.redaction import describe_exception, exception_of, plain, redacted
 from holdfast.settings import LogSettings
-
-__all__ = ["EVENTS", "Event", "LineWriter", "Log", "events_table", "redacted", "secure_standard_descriptors"]
 
 LINES_MAX = 10_000
 """Lines that wait for a slow reader before further ones are dropped."""
@@ -40,21 +35,10 @@ TEXT_CHARS_SHORT = 1_000
 """What remains of each text in a line that was too long."""
 
 WRITE_BYTES = 64 * 1024
-DEPTH_MAX = 5
-ITEMS_MAX = 200
-CAUSES_MAX = 5
-
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50, "exception": 40}
 
 PRIORITIES = {"debug": b"<7>", "info": b"<6>", "warning": b"<4>", "error": b"<3>", "critical": b"<2>"}
 """How journald learns the level: it takes the prefix off, see sd-daemon(3). Thus ``journalctl -p err`` works."""
-
-FREE_TEXT = frozenset({"reason", "error", "message", "exception"})
-"""Allowed fields whose text was put together elsewhere: phones and tokens inside are masked."""
-
-# A seq and a size are numbers, too; they are named as such in our texts. The file names of journal segments have 20 digits.
-_PHONE = re.compile(r"\+\d[\d ().-]{6,20}\d|(?<!\d)(?<!seq )\d{8,15}(?!\d)(?! bytes)")
-_TOKEN = re.compile(r"hf_[\w-]{8,}")
 
 
 class LineWriter:
@@ -203,6 +187,11 @@ class Log:
         return self._writer.drain(deadline_s, close=close)
 
     @property
+    def redacts(self) -> bool:
+        """Whether it hides what may name or quote a person."""
+        return self._settings.redact
+
+    @property
     def lines_dropped(self) -> int:
         """How many could not be written, so far."""
         return self._writer.dropped_total
@@ -224,7 +213,7 @@ class Log:
     def _rendered(self, level: str, event: Mapping[str, Any]) -> bytes:
         fields = dict(event)
         name = plain(fields.pop("event", ""))
-        error = _exception_of(fields.pop("exc_info", None))
+        error = exception_of(fields.pop("exc_info", None))
         if error is not None:
             fields["exception"] = describe_exception(error, redact=self._settings.redact)
         if self._settings.redact:
@@ -262,7 +251,7 @@ class _LibraryHandler(logging.Handler):
             "error" if record.levelno >= logging.ERROR else "warning" if record.levelno >= logging.WARNING else "info"
         )
         message = str(record.msg)
-        if self._log._settings.redact:
+        if self._log.redacts:
             # The template is the library's own; its arguments, and what follows its first line, may quote a request.
             message = message.partition("\n")[0]
         else:
@@ -295,107 +284,6 @@ def secure_standard_descriptors() -> None:
     # Python itself has given up on those that were closed.
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
-
-
-# Redaction.
-
-
-def redacted(key: str, value: object, allowed: Iterable[str]) -> object:
-    """*value* as it may stand under *key*: whole when *allowed*, else ``***``, of which a phone keeps 3 digits."""
-    if key in allowed:
-        return _scrubbed(plain(value)) if key in FREE_TEXT else value
-    if value is None or isinstance(value, bool):
-        return value
-    text = plain(value)
-    if isinstance(text, int):
-        text = str(text)
-    return _masked(text) if isinstance(text, str) else "***"
-
-
-def _masked(text: str) -> str:
-    digits = re.sub(r"[\s+().-]", "", text)
-    return f"***{digits[-3:]}" if digits.isdecimal() and 7 <= len(digits) <= 15 else "***"
-
-
-def _scrubbed(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    return _PHONE.sub(lambda match: _masked(match[0]), _TOKEN.sub("hf_***", value))
-
-
-def describe_exception(error: BaseException, *, redact: bool) -> str:
-    """Where *error* was raised, with what caused it; its text only when it cannot quote what a client sent."""
-    parts: list[str] = []
-    current: BaseException | None = error
-    while current is not None and len(parts) < CAUSES_MAX:
-        frames = [
-            f"  {frame.filename}:{frame.lineno} in {frame.name}"
-            for frame in traceback.extract_tb(current.__traceback__)
-        ]
-        text = plain(current) if not redact or isinstance(current, HoldfastError | OSError) else "***"
-        parts.append("\n".join([f"{type(current).__name__}: {text}", *frames[-ITEMS_MAX:]]))
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
-    return "\ncaused by ".join(parts)
-
-
-def _exception_of(exc_info: object) -> BaseException | None:
-    if isinstance(exc_info, BaseException):
-        return exc_info
-    if isinstance(exc_info, tuple) and len(exc_info) == 3:
-        return exc_info[1] if isinstance(exc_info[1], BaseException) else None
-    if exc_info:
-        return sys.exc_info()[1]
-    return None
-
-
-# From anything to what JSON can hold.
-
-
-def plain(value: object, depth: int = 0) -> Any:
-    """*value* in types that every JSON encoder takes; what has no such form is described. Never raises."""
-    kind = type(value)
-    if value is None or kind is bool:
-        return value
-    if isinstance(value, str):
-        return str.__str__(value).encode("utf-8", "backslashreplace").decode()
-    if isinstance(value, int):
-        number = int.__index__(value)
-        # Beyond 4,300 digits Python itself refuses to write it.
-        return number if -(1 << 63) <= number < 1 << 64 else f"<integer of {number.bit_length()} bits>"
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else float.__repr__(value)
-    if isinstance(value, bytes | bytearray):
-        return bytes(value[:LINE_BYTES_MAX]).decode("utf-8", "backslashreplace")
-    if depth < DEPTH_MAX:
-        if isinstance(value, Mapping):
-            return _plain_items(value, depth)
-        if isinstance(value, list | tuple | set | frozenset):
-            return _plain_list(value, depth)
-    return _described(value)
-
-
-def _plain_items(value: Mapping[Any, Any], depth: int) -> Any:
-    try:
-        items = list(value.items())[:ITEMS_MAX]
-    except Exception:
-        return _described(value)
-    return {str(plain(key, DEPTH_MAX)): plain(item, depth + 1) for key, item in items}
-
-
-def _plain_list(value: Iterable[Any], depth: int) -> Any:
-    try:
-        items = list(value)[:ITEMS_MAX]
-    except Exception:
-        return _described(value)
-    return [plain(item, depth + 1) for item in items]
-
-
-def _described(value: object) -> str:
-    try:
-        text = str(value)
-    except Exception as error:
-        text = f"<{type(value).__name__} whose text raises {type(error).__name__}>"
-    return text[:LINE_BYTES_MAX].encode("utf-8", "backslashreplace").decode()
 
 
 def _shortened(value: object) -> object:

@@ -9,9 +9,9 @@ from holdfast.core.state import is_custom_name
 from holdfast.errors import InvalidRecord, MethodNotAllowed, NotFound
 from holdfast.http.reply import Reply
 from holdfast.http.request import Request, decoded_segment
-from holdfast.http.routes import batch, document, events, metrics, records, status
+from holdfast.http.routes import batch, document, events, metrics, orders, records, sessions, status
 from holdfast.http.routes.backend import Backend
-from holdfast.http.routes.records import Paths, Place
+from holdfast.http.routes.kinds import Paths, Place, RecordHandler
 from holdfast.http.routes.route import H, Methods, Route
 
 Handler = Callable[[Backend, Request], Awaitable[Reply]]
@@ -28,6 +28,9 @@ class OtherMethod(MethodNotAllowed):
         super().__init__(f"this path takes {', '.join(allowed)}, found {found}")
         self.allowed = allowed
 
+
+RECORDS = {"sessions": sessions.PATHS, "orders": orders.PATHS, "users": records.USER_PATHS}
+"""By the name that stands in the path and in the engine."""
 
 _FIXED: Mapping[tuple[str, ...], Methods[Handler]] = {
     ("",): {"GET": status.index},
@@ -56,7 +59,7 @@ def dispatch(backend: Backend, request: Request) -> Awaitable[Reply]:
     """
     segments = request.segments
     if len(segments) > 2 and segments[0] == "v1":
-        paths = records.PATHS.get(segments[1])
+        paths = RECORDS.get(segments[1])
         if paths is not None:
             return _of_record(backend, request, paths, segments[1], segments[2:])
         if segments[1] == "collections":
@@ -67,8 +70,8 @@ def dispatch(backend: Backend, request: Request) -> Awaitable[Reply]:
                     f"and not one that Holdfast uses itself; found {name!a:.80}"
                 )
             return _of_record(backend, request, records.CUSTOM_PATHS, name, segments[3:])
-    elif len(segments) == 2 and segments[0] == "v1" and segments[1] in records.PATHS:
-        return _of_record(backend, request, records.PATHS[segments[1]], segments[1], [])
+    elif len(segments) == 2 and segments[0] == "v1" and segments[1] in RECORDS:
+        return _of_record(backend, request, RECORDS[segments[1]], segments[1], [])
     methods = _FIXED.get(tuple(segments))
     if methods is None:
         raise _no_path()
@@ -78,7 +81,7 @@ def dispatch(backend: Backend, request: Request) -> Awaitable[Reply]:
 def declared() -> Iterator[tuple[str, str, Route[Any]]]:
     """Every route there is: its path, with ``{id}`` and ``{name}`` where those stand, its method, its declaration."""
     found: list[tuple[str, Methods[Any]]] = []
-    prefixes = {f"/v1/{name}": paths for name, paths in records.PATHS.items()}
+    prefixes = {f"/v1/{name}": paths for name, paths in RECORDS.items()}
     prefixes["/v1/collections/{name}"] = records.CUSTOM_PATHS
     for prefix, paths in prefixes.items():
         found += [(prefix, paths.collection), (f"{prefix}/{{id}}", paths.record)]
@@ -90,7 +93,7 @@ def declared() -> Iterator[tuple[str, str, Route[Any]]]:
 
 
 def _of_record(backend: Backend, request: Request, paths: Paths, collection: str, rest: list[str]) -> Awaitable[Reply]:
-    methods: Methods[records.RecordHandler]
+    methods: Methods[RecordHandler]
     if not rest:
         methods, id = paths.collection, ""
     else:

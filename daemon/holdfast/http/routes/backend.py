@@ -44,6 +44,10 @@ class Backend(Protocol):
     zone: tzinfo
 
     @property
+    def is_alone(self) -> bool:
+        """Whether the request in hand is all there is to do: nobody is held up by what it does at once."""
+
+    @property
     def admin(self) -> Admin:
         """The operator's side."""
 

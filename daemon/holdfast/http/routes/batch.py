@@ -78,7 +78,9 @@ async def batch(backend: Backend, request: Request) -> Reply:
     key = idempotency_key(request)
     if key is not None:
         ops = _keyed(ops, key)
-    ticket = backend.engine.submit_batch(ops, durability=durability(request, query), retry=retry_of(request))
+    ticket = backend.engine.submit_batch(
+        ops, durability=durability(request, query), retry=retry_of(request), at_once=backend.is_alone
+    )
     await ticket.committed()
     return json_reply(answers.Results(ticket.seq, [_result(outcome) for outcome in ticket.outcomes]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from holdfast import __version__
 from holdfast.errors import SettingsError, StorageFull
+from holdfast.http.problem import RETRY_AFTER_S
 from holdfast.http.reply import Reply, json_reply
 from holdfast.http.request import Request
 from holdfast.http.routes import answers
@@ -46,7 +47,7 @@ async def readyz(backend: Backend, request: Request) -> Reply:
         return json_reply(answers.Readiness("degraded" if reasons else "ready", state, reasons))
     status = "stopping" if state in _STOPPING else "starting"
     reply = json_reply(answers.Readiness(status, state, reasons))
-    return Reply(503, reply.body, "Retry-After: 1\r\n")
+    return Reply(503, reply.body, f"Retry-After: {RETRY_AFTER_S}\r\n")
 
 
 @route(

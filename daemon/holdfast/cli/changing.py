@@ -1,0 +1,330 @@
+"""Commands that change records: ``put``, ``patch``, ``rm``, with what sessions and orders have of their own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import click
+import orjson
+
+from holdfast.cli.arguments import AMOUNT, GENERATION, HEADER_TEXT, TEXT, VERSION, json_value
+from holdfast.cli.connection import WORK_TIMEOUT_S, Daemon, daemon_options
+from holdfast.cli.kinds import Kind, id_argument
+from holdfast.cli.reading import PAGE_LIMIT, check_collection, count_of, items_of
+from holdfast.cli.show import Progress, examples, json_option, print_json, printable, readable_count
+
+BATCH_OPS = 500
+"""Records removed by one request."""
+
+REFUSALS_TOLD = 10
+"""Records that ``rm`` could not remove are named up to this many."""
+
+Arguments = dict[str, Any]
+
+
+_VALUE_HELP = "VALUE is a JSON object, @FILE names a file that holds one, - reads it from stdin."
+
+
+def put_command(kind: Kind) -> click.Command:
+    """``put``, for records of *kind*."""
+    id, value = kind.example
+    return _value_command(
+        kind,
+        "put",
+        f"Store one {kind.noun} whole.",
+        f"holdfast {kind.command} put {id} '{value}'",
+        f"holdfast {kind.command} put {id} @{kind.noun}.json --if-version 0",
+        f"jq -n '{{}}' | holdfast {kind.command} put {id} -",
+        done="stored",
+    )
+
+
+def patch_command(kind: Kind) -> click.Command:
+    """``patch``, for records of *kind*."""
+    id, value = kind.example
+    return _value_command(
+        kind,
+        "patch",
+        f"Merge a patch into one {kind.noun} (RFC 7396: null removes a key).",
+        f"holdfast {kind.command} patch {id} '{value}'",
+        f"holdfast {kind.command} patch {id} '{{\"note\": null}}' --if-version 3",
+        done="changed",
+    )
+
+
+def _value_command(kind: Kind, verb: str, purpose: str, *lines: str, done: str) -> click.Command:
+    """A command that sends a VALUE; *lines* are its examples."""
+
+    @click.command(verb, help=f"{purpose}\n\n{_VALUE_HELP}", epilog=examples(*lines))
+    @id_argument(kind)
+    @click.argument("value", metavar="VALUE")
+    @_write_options(kind)
+    @json_option
+    @daemon_options
+    def send(daemon: Daemon, id: str, value: str, as_json: bool, **how: Any) -> None:
+        answer = _change(daemon, verb.upper(), kind, id, how, body=json_value(value))
+        _tell(kind, answer, as_json, done)
+
+    return send
+
+
+def rm_command(kind: Kind) -> click.Command:
+    """``rm``, for records of *kind*."""
+    id, _ = kind.example
+
+    @click.command(
+        "rm",
+        help=f"""Remove {kind.command.split()[0]} by their ids, or all of them.
+
+        Those that cannot be removed are told and the others removed all the same; the exit code is 1 then.
+        """,
+        epilog=examples(
+            f"holdfast {kind.command} rm {id}",
+            f"holdfast {kind.command} rm {id} --if-version 3",
+            f"holdfast {kind.command} rm --all --yes",
+        ),
+    )
+    @id_argument(kind, nargs=-1)
+    @click.option("--all", "is_all", is_flag=True, help="All there are; asks first.")
+    @click.option("--yes", is_flag=True, help="Do not ask.")
+    @_write_options(kind, has_ttl=False)
+    @json_option
+    @daemon_options
+    def rm(daemon: Daemon, id: tuple[str, ...], is_all: bool, yes: bool, as_json: bool, **how: Any) -> int:
+        if is_all == bool(id):
+            raise click.UsageError("expected ids, or --all; found " + ("both" if id else "neither"))
+        own = {name: how[name] for name in ("if_version", "lease", "idempotency_key") if how.get(name) is not None}
+        if own and len(id) != 1:
+            raise click.UsageError(f"--{next(iter(own)).replace('_', '-')} goes with one id only")
+        total: int | None = len(id)
+        ids: Iterator[str] = iter(id)
+        if is_all:
+            check_collection(daemon, kind)
+            total = count_of(daemon, kind)
+            _confirm(f"remove all {kind.command} ({readable_count(total or 0, 'record')})", yes)
+            ids = (item.id for item in items_of(daemon, kind, {}, PAGE_LIMIT))
+        removed, refused = 0, []
+        with Progress(f"removing {kind.command}", lambda: total) as progress:
+            while some := list(islice(ids, BATCH_OPS)):
+                for one, result in zip(some, _removed(daemon, kind, some, own, how), strict=True):
+                    if result["status"] < 400:
+                        removed += 1
+                    else:
+                        refused.append({"id": one, "code": result["code"], "detail": result["detail"]})
+                progress.advance(len(some))
+        if as_json:
+            print_json({"removed": removed, "refused": refused})
+        else:
+            click.echo(f"removed {readable_count(removed, kind.noun)}")
+        for refusal in refused[:REFUSALS_TOLD]:
+            click.echo(f"holdfast: {printable(refusal['detail'])}", err=True)
+        if len(refused) > REFUSALS_TOLD:
+            click.echo(f"holdfast: {len(refused)} were not removed; --json names them all", err=True)
+        return 1 if refused else 0
+
+    return rm
+
+
+def _removed(daemon: Daemon, kind: Kind, ids: list[str], own: Arguments, how: Arguments) -> list[dict[str, Any]]:
+    """The result of removing each of *ids*, in their order."""
+    durability = {"durability": how["durability"]} if how.get("durability") else None
+    ops = [kind.op("delete", {"id": id, **own}) for id in ids]
+    reply = daemon.fetch(
+        "POST", "/v1/batch", query=durability, body=orjson.dumps({"ops": ops}), timeout_s=WORK_TIMEOUT_S
+    )
+    results: list[dict[str, Any]] = reply.fields()["results"]
+    return results
+
+
+def _confirm(what: str, yes: bool) -> None:
+    """Ask before *what*, where there is somebody to ask.
+
+    Raises:
+        click.UsageError: nobody can be asked, and --yes is not given.
+    """
+    if yes:
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise click.UsageError(f"this would {what}; say --yes")
+    click.confirm(what.capitalize() + "?", abort=True, err=True)
+
+
+def touch_command(kind: Kind) -> click.Command:
+    """``touch``, which only sessions have."""
+
+    @click.command("touch", epilog=examples("holdfast sessions touch 573001234567 --ttl 2h"))
+    @id_argument(kind)
+    @_write_options(kind)
+    @json_option
+    @daemon_options
+    def touch(daemon: Daemon, id: str, as_json: bool, **how: Any) -> None:
+        """Set the last activity of a session to now."""
+        _tell(kind, _change(daemon, "POST", kind, id, how, "touch"), as_json, "touched")
+
+    return touch
+
+
+def lease_command(kind: Kind) -> click.Command:
+    """``lease``, which only sessions have."""
+
+    @click.command(
+        "lease",
+        epilog=examples(
+            "holdfast sessions lease 573001234567 --for 5m --owner ana",
+            "holdfast sessions put 573001234567 '{}' --lease 1234",
+            "holdfast sessions lease 573001234567 --renew 1234",
+        ),
+    )
+    @id_argument(kind)
+    @click.option("--for", "span", type=TEXT, default="30s", show_default=True, metavar="SPAN", help="How long.")
+    @click.option("--owner", type=TEXT, metavar="NAME", help="Told to whoever meets the lease.")
+    @click.option("--renew", type=GENERATION, metavar="GENERATION", help="Renew this lease.")
+    @_write_options(kind, has_ttl=False, has_condition=False)
+    @json_option
+    @daemon_options
+    def lease(
+        daemon: Daemon, id: str, span: str, owner: str | None, renew: int | None, as_json: bool, **how: Any
+    ) -> None:
+        """Take a session for yourself; other writers are refused until the lease ends.
+
+        Write under it with --lease GENERATION, and give it back with `release`.
+        """
+        body = {name: value for name, value in (("ttl", span), ("owner", owner), ("generation", renew)) if value}
+        answer = _change(daemon, "POST", kind, id, how, "lease", body=body)
+        if as_json:
+            return print_json(answer)
+        click.echo(
+            f"session {answer['id']} is yours until {answer['expires_at']}, as generation {answer['generation']}"
+        )
+
+    return lease
+
+
+def release_command(kind: Kind) -> click.Command:
+    """``release``, which only sessions have."""
+
+    @click.command("release", epilog=examples("holdfast sessions release 573001234567 1234"))
+    @id_argument(kind)
+    @click.argument("generation", type=GENERATION, metavar="GENERATION")
+    @_write_options(kind, has_ttl=False, has_condition=False)
+    @json_option
+    @daemon_options
+    def release(daemon: Daemon, id: str, generation: int, as_json: bool, **how: Any) -> None:
+        """Give the lease GENERATION of a session back."""
+        answer = _change(daemon, "POST", kind, id, how, "release", body={"generation": generation})
+        if as_json:
+            return print_json(answer)
+        click.echo(f"session {answer['id']} is released")
+
+    return release
+
+
+def complete_command(kind: Kind) -> click.Command:
+    """``complete``, which only orders have."""
+
+    @click.command("complete", epilog=examples("holdfast orders complete 1001 --revenue 84900.50"))
+    @id_argument(kind)
+    @click.option("--revenue", type=AMOUNT, metavar="AMOUNT", help="Counted once, exactly as written.")
+    @_write_options(kind)
+    @json_option
+    @daemon_options
+    def complete(daemon: Daemon, id: str, revenue: str | None, as_json: bool, **how: Any) -> None:
+        """Complete an order, with its revenue; a repeat counts nothing again."""
+        body = None if revenue is None else {"revenue": revenue}
+        _tell(kind, _change(daemon, "POST", kind, id, how, "complete", body=body), as_json, "completed")
+
+    return complete
+
+
+def cancel_command(kind: Kind) -> click.Command:
+    """``cancel``, which only orders have."""
+
+    @click.command("cancel", epilog=examples("holdfast orders cancel 1001 --reason 'paid twice'"))
+    @id_argument(kind)
+    @click.option("--reason", type=TEXT, metavar="TEXT", help="Kept in the order.")
+    @_write_options(kind)
+    @json_option
+    @daemon_options
+    def cancel(daemon: Daemon, id: str, reason: str | None, as_json: bool, **how: Any) -> None:
+        """Cancel a pending order."""
+        body = None if reason is None else {"reason": reason}
+        _tell(kind, _change(daemon, "POST", kind, id, how, "cancel", body=body), as_json, "cancelled")
+
+    return cancel
+
+
+# What they have in common.
+
+
+def _write_options(kind: Kind, *, has_ttl: bool = True, has_condition: bool = True) -> Callable[..., Any]:
+    """The options that each change takes; the command receives them as ``how``."""
+    options = [
+        click.option(
+            "--durability", type=click.Choice(["always", "everysec"]), help="When it is acknowledged; else as set."
+        ),
+        click.option(
+            "--idempotency-key", type=HEADER_TEXT, metavar="KEY", help="A repeat within 24 h changes nothing."
+        ),
+    ]
+    if has_condition:
+        options.append(
+            click.option(
+                "--if-version",
+                type=VERSION,
+                metavar="N",
+                help="Only when the record has this version; 0: only when there is none.",
+            )
+        )
+        if kind.is_session:
+            options.append(
+                click.option(
+                    "--lease",
+                    type=GENERATION,
+                    metavar="GENERATION",
+                    help="Write under this lease.",
+                )
+            )
+    if kind.is_session and has_ttl:
+        options.append(click.option("--ttl", type=TEXT, metavar="SPAN", help="Idle time of its own, such as 2h."))
+
+    def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+        # Each goes before those already there, so that conditions come first in the help.
+        for option in options:
+            command = option(command)
+        return command
+
+    return with_options
+
+
+def _headers(how: Arguments) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    version = how.get("if_version")
+    if version == 0:
+        headers["If-None-Match"] = "*"
+    elif version is not None:
+        headers["If-Match"] = f'"{version}"'
+    for option, header in (
+        ("idempotency_key", "Idempotency-Key"),
+        ("durability", "Holdfast-Durability"),
+        ("lease", "Holdfast-Lease"),
+    ):
+        if how.get(option) is not None:
+            headers[header] = str(how[option])
+    return headers
+
+
+def _change(
+    daemon: Daemon, method: str, kind: Kind, id: str, how: Arguments, *action: str, body: Any = None
+) -> dict[str, Any]:
+    query = {"ttl": how["ttl"]} if how.get("ttl") is not None else None
+    raw = body if isinstance(body, bytes | None) else orjson.dumps(body)
+    return daemon.fetch(method, kind.path_of(id, *action), query=query, headers=_headers(how), body=raw).fields()
+
+
+def _tell(kind: Kind, answer: dict[str, Any], as_json: bool, done: str) -> None:
+    if as_json:
+        return print_json(answer)
+    click.echo(f"{kind.noun} {answer['id']} {done}: version {answer['version']}, seq {answer['seq']}")
