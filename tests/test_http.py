@@ -773,3 +773,18 @@ def test_inherited_sockets_are_served(tmp_path: Path):
                 assert (tmp_path / "given.sock").exists()
 
     asyncio.run(scenario())
+
+
+def test_a_lease_tells_the_version_of_its_session(tmp_path: Path) -> None:
+    """The session's own, which the lease does not change; 0 while there is none."""
+
+    async def scenario(served: Served) -> None:
+        for version in range(3):
+            lease = await served.ask("POST", f"{SESSION}/lease", {"ttl": "30s"})
+            renewed = await served.ask("POST", f"{SESSION}/lease", {"generation": lease.json["generation"]})
+            path = f"{SESSION}/release?generation={lease.json['generation']}"
+            answers = [lease, renewed, *[await served.ask("POST", path) for _ in range(2)]]
+            assert [answer.json["version"] for answer in answers] == [version] * 4
+            await served.ask("PUT", SESSION, {"n": version})
+
+    serve_and(scenario, tmp_path)

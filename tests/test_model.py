@@ -117,12 +117,13 @@ class Model:
                 return self._lease(op, seq, now_ms), True
             case SessionRelease():
                 until, generation = self.leases.get(op.id, (0, 0))
+                version = self.versions.get(("sessions", op.id), 0)
                 if until <= now_ms:
-                    return Answer(status=200, seq=seq - 1, id=op.id), False
+                    return Answer(status=200, seq=seq - 1, id=op.id, version=version), False
                 if generation != op.generation:
                     raise Refused("leased")
                 del self.leases[op.id]
-                return Answer(status=200, seq=seq, id=op.id), True
+                return Answer(status=200, seq=seq, id=op.id, version=version), True
             case StatsOrder():
                 self._count_order(now_ms, op.product_type)
                 return Answer(status=200, seq=seq), True
@@ -176,7 +177,8 @@ class Model:
         assert isinstance(op.ttl, int)
         ends = now_ms + op.ttl * 1000
         self.leases[op.id] = (ends, generation)
-        return Answer(status=200, seq=seq, id=op.id, generation=generation, expires_at=_iso(ends))
+        version = self.versions.get(("sessions", op.id), 0)
+        return Answer(status=200, seq=seq, id=op.id, version=version, generation=generation, expires_at=_iso(ends))
 
     def _order(self, op: Any, seq: int, now_ms: int) -> tuple[Answer, bool]:
         pending, closed = self.records["pending"], self.records["closed"]

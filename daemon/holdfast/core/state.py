@@ -177,7 +177,9 @@ def answer_of(event: Event | Noted, seq: int) -> Answer:
     version = event.version
     if event.until is not None:
         expires_at = format_ms(event.until)
-        return Answer(status=200, seq=seq, id=event.id, generation=event.generation, expires_at=expires_at)
+        return Answer(
+            status=200, seq=seq, id=event.id, version=version, generation=event.generation, expires_at=expires_at
+        )
     if not version and event.op.endswith("delete"):
         return Answer(status=204, seq=seq, id=event.id)
     status = 201 if version == 1 and event.op.endswith("put") else 200

@@ -94,7 +94,7 @@ async def touch(backend: Backend, request: Request, place: Place) -> Reply:
         200,
         "The lease is the caller's.",
         answers.Granted,
-        {"id": "573001234567", "version": 0, "seq": 2, "generation": 2, "expires_at": "2026-11-21T06:00:30.000Z"},
+        {"id": "573001234567", "version": 1, "seq": 2, "generation": 2, "expires_at": "2026-11-21T06:00:30.000Z"},
     ),
     name="session_lease",
     query=(DURABILITY_QUERY,),
