@@ -25,12 +25,6 @@ from holdfast.events import Event
 from holdfast.leases import LEASE_WAIT_MAX_S
 from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Retry, SessionLease
 
-LANES = 2
-"""Requests with ops under way at once."""
-
-SHARED_MIN = 32
-"""Ops that are worth two requests."""
-
 UNDER_WAY = "closed while the request was under way; whether it happened is not known"
 
 PIPELINE_MAX = 4_096
@@ -213,40 +207,31 @@ class Exchange:
 class _Pending:
     """An op that waits for its request, or for the answer."""
 
-    __slots__ = ("durability", "encoded", "future", "record")
+    __slots__ = ("durability", "encoded", "future")
 
-    def __init__(
-        self, encoded: bytes, record: str | None, durability: Durability | None, future: asyncio.Future[Answer]
-    ) -> None:
+    def __init__(self, encoded: bytes, durability: Durability | None, future: asyncio.Future[Answer]) -> None:
         self.encoded = encoded
-        self.record = record
         self.durability = durability
         self.future = future
 
 
-class _Lane:
-    """One connection for requests one after the other, with the ops that are under way on it."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
-        self.client = messages.new_client_id()
-        self.number = 0
-        self.batch: list[_Pending] = []
-        self.task: asyncio.Task[None] | None = None
-
-
 class Courier:
-    """Carries ops to the daemon: while requests are under way, the next one gathers.
+    """Carries ops to the daemon: while a request is under way, the next one gathers.
 
-    So many tasks share a request, and a sync. Two requests may be under way, so that one is written to the disk while
-    the daemon reads the other; but an op never overtakes another one on the same record.
+    So many tasks share a request, and a sync, without any of them waiting longer than for one request before; and ops
+    happen in the order in which they were called. A second request at the same time was tried: it halves what shares a
+    sync, and so costs both sides more than it saves.
     """
 
     def __init__(self, remote: AsyncRemote, dialler: Dialler) -> None:
         self._remote = remote
         self._dialler = dialler
+        self._exchange = Exchange(dialler)
         self._gathered: deque[_Pending] = deque()
-        self._lanes = [_Lane(Exchange(dialler)) for _ in range(LANES)]
+        self._under_way: list[_Pending] = []
+        self._task: asyncio.Task[None] | None = None
+        self._client = messages.new_client_id()
+        self._number = 0
         self._is_due = False
 
     def carry(self, op: AnyOp, durability: Durability | None) -> asyncio.Future[Answer]:
@@ -256,78 +241,59 @@ class Courier:
             InvalidRecord: its value is nothing that can be kept.
         """
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._gathered.append(_Pending(messages.encode_op(op), messages.record_of(op), durability, future))
-        self._dispatch_soon()
+        self._gathered.append(_Pending(messages.encode_op(op), durability, future))
+        if not self._is_due and self._task is None:
+            self._dispatch_soon()
         return future
 
     async def stop(self) -> None:
-        """Refuse what waits; give up the requests under way."""
+        """Refuse what waits; give up the request under way."""
         self._dispatch()
-        tasks = [lane.task for lane in self._lanes if lane.task is not None]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        for lane in self._lanes:
-            # A task that was cancelled before its first step has told nobody.
-            self._refuse(lane.batch, Unavailable(UNDER_WAY))
-            lane.exchange.close()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        # A task that was cancelled before its first step has told nobody.
+        self._refuse(self._under_way, Unavailable(UNDER_WAY))
+        self._exchange.close()
 
     def _dispatch_soon(self) -> None:
         # After all tasks that can run now have said what they want.
-        if not self._is_due:
-            self._is_due = True
-            asyncio.get_running_loop().call_soon(self._dispatch)
+        self._is_due = True
+        asyncio.get_running_loop().call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
         self._is_due = False
         if self._dialler.is_closed:
             self._refuse(self._gathered, Unavailable("closed; connect again"))
             self._gathered.clear()
-            return
-        idle = [lane for lane in self._lanes if lane.task is None]
-        under_way = sum(len(lane.batch) for lane in self._lanes)
-        # A few ops behind many are better off with those that come when the many are answered.
-        if not idle or len(self._gathered) * 2 < under_way:
-            return
-        share = len(self._gathered)
-        if len(idle) > 1 and share >= SHARED_MIN:
-            share = -(-share // len(idle))
-        for lane in idle:
-            lane.batch = self._next_batch(min(share, messages.BATCH_OPS_MAX))
-            if lane.batch:
-                lane.task = asyncio.get_running_loop().create_task(self._send(lane))
+        elif self._task is None:
+            self._under_way = self._next_batch()
+            if self._under_way:
+                self._task = asyncio.get_running_loop().create_task(self._send())
 
-    def _next_batch(self, ops_max: int) -> list[_Pending]:
-        """The ops that may leave now, in order; those behind another one on their record stay."""
-        busy = {pending.record for lane in self._lanes for pending in lane.batch}
-        busy.discard(None)
+    def _next_batch(self) -> list[_Pending]:
+        """The next ops, in order, as many as a request should have."""
         batch: list[_Pending] = []
-        stay: list[_Pending] = []
         size = 0
         gathered = self._gathered
-        while gathered and len(batch) < ops_max and size < messages.BATCH_BYTES_MAX:
-            pending = gathered.popleft()
-            if pending.future.cancelled():
-                continue
-            if pending.record in busy or (batch and pending.durability != batch[0].durability):
-                stay.append(pending)
-                if pending.record is not None:
-                    busy.add(pending.record)
-                continue
-            batch.append(pending)
-            size += len(pending.encoded)
-        gathered.extendleft(reversed(stay))
+        while gathered and len(batch) < messages.BATCH_OPS_MAX and size < messages.BATCH_BYTES_MAX:
+            pending = gathered[0]
+            if not pending.future.cancelled():
+                if batch and pending.durability != batch[0].durability:
+                    break
+                batch.append(pending)
+                size += len(pending.encoded)
+            gathered.popleft()
         return batch
 
-    async def _send(self, lane: _Lane) -> None:
+    async def _send(self) -> None:
         # Those that are refused together are tried in halves: nobody's op is refused for another task's.
-        parts = [lane.batch]
+        parts = [self._under_way]
         try:
             while parts:
                 part = parts.pop()
                 try:
-                    found = await self._outcomes(lane, part)
+                    found = await self._outcomes(part)
                 except HoldfastError as error:
                     if len(part) > 1 and messages.may_be_of_one(error):
                         middle = len(part) // 2
@@ -337,21 +303,21 @@ class Courier:
                 else:
                     self._settle(part, found)
         except BaseException:
-            self._refuse(lane.batch, Unavailable(UNDER_WAY))
+            self._refuse(self._under_way, Unavailable(UNDER_WAY))
             raise
         finally:
-            lane.batch, lane.task = [], None
+            self._under_way, self._task = [], None
         self._dispatch_soon()
 
-    async def _outcomes(self, lane: _Lane, batch: list[_Pending]) -> list[Answer | HoldfastError]:
-        lane.number += 1
+    async def _outcomes(self, batch: list[_Pending]) -> list[Answer | HoldfastError]:
+        self._number += 1
         request = self._remote.requests.render(
             "POST",
             messages.batch_target(batch[0].durability),
             messages.batch_body([pending.encoded for pending in batch], atomic=False),
-            messages.retry_line(Retry(lane.client, lane.number)),
+            messages.retry_line(Retry(self._client, self._number)),
         )
-        return messages.outcomes(await lane.exchange.response_to(request, self._remote.timeout_s), len(batch))
+        return messages.outcomes(await self._exchange.response_to(request, self._remote.timeout_s), len(batch))
 
     @staticmethod
     def _settle(batch: list[_Pending], found: list[Answer | HoldfastError]) -> None:

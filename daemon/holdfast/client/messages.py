@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from typing import Any, get_args
+from typing import Any
 from urllib.parse import quote, urlencode
 
 import msgspec
@@ -108,17 +108,6 @@ def encode_op(op: AnyOp) -> bytes:
         return _encode({"op": type(op).__struct_config__.tag} | fields | {"value": msgspec.Raw(encoded)})
     except UnicodeEncodeError:
         raise InvalidRecord(NO_TEXT) from None
-
-
-def record_of(op: AnyOp) -> str | None:
-    """The record that *op* is about, under a name that no other record has; None when it is about none."""
-    id = getattr(op, "id", None)
-    if id is None:
-        return None
-    return f"{_KINDS[type(op)]}/{getattr(op, 'collection', '')}/{id}"
-
-
-_KINDS = {kind: kind.__struct_config__.tag.partition(".")[0] for kind in get_args(AnyOp)}
 
 
 def batch_body(ops: list[bytes], *, atomic: bool) -> bytes:
