@@ -83,7 +83,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> list[Place]:
 
 def test_kill_at_every_call(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed before any changing call of its life, it comes back by itself with every acknowledged op exactly once."""
-    chosen = _spread(places, 26)
+    chosen = _spread(places, 18)
     wrong = []
     for place in chosen:
         data_dir = tmp_path / "data"
@@ -104,7 +104,7 @@ def test_two_kills(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFi
     first = [place for place in renames if "manifest" not in place.path]
     pairs = [
         (chance.choice(first), chance.choice([place for place in places if place.thread == "main"]))
-        for _ in range(150 if FULL else 3)
+        for _ in range(150 if FULL else 1)
     ]
     # The worst: each time in the middle of moving files into place.
     pairs += [(one, other) for one in first[2:8:3] for other in renames[1:8:3]]
@@ -154,7 +154,7 @@ def test_a_flush_meets_a_bad_disk(places: list[Place], tmp_path: Path, capsys: p
     """EIO from any sync, rename or write of a flush, a start or a stop: the old snapshot stands, nothing is lost."""
     hindered = [place for place in places if place.thread == "main" and place.call in ("fsync", "renameat", "rename", "write")
                 and "acknowledged" not in place.path]  # fmt: skip
-    chosen = _spread(hindered, 10)
+    chosen = _spread(hindered, 6)
     wrong = []
     told = 0
     for place in chosen:
