@@ -731,7 +731,7 @@ def test_ops_on_one_record_never_overtake_each_other(relay: Relay, tmp_path: Pat
     on_relay(tmp_path, True, body)
 
 
-# What a sceptic tried.
+# At the limits.
 
 
 SPOILT: dict[str, tuple[Attempt, type[holdfast.HoldfastError]]] = {
