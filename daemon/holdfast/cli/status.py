@@ -114,8 +114,9 @@ def _looks(daemon: Daemon, every_s: float) -> Iterator[dict[str, Any] | Unavaila
             yield daemon.fetch("GET", "/v1/admin/status").fields()
         except Unavailable as error:
             yield error
-        next_at = max(next_at + every_s, time.monotonic())
-        time.sleep(next_at - time.monotonic())
+        now = time.monotonic()
+        next_at = max(next_at + every_s, now)
+        time.sleep(next_at - now)
 
 
 def _watched(daemon: Daemon, every_s: float) -> Iterator[list[Row]]:
