@@ -1,4 +1,4 @@
-"""Group commit: the one thread that makes decided events durable, a batch at a time.
+"""Group commit: decided events become durable a batch at a time, by one thread, or by whoever has the journal to himself.
 
 While a batch is written and synced, the next one gathers; one fsync serves all who wait. Nothing that is not
 durable is shown: what an event replaced is kept until its batch is, and comes back when the disk is full.
@@ -102,7 +102,7 @@ class Batch:
             raise type(self.error)(str(self.error))
 
     def finish(self, error: HoldfastError | None) -> None:
-        """Release all who wait; called once, from the writing thread."""
+        """Release all who wait; called once, by whoever writes."""
         with self._guard:
             self.error = error
             self.is_done = True
@@ -135,10 +135,10 @@ class Committer:
         committed_seq: every event up to here is as durable as its caller asked for.
         unflushed_since: when the first event after the last checkpoint came, monotonic seconds; None when there is none.
         measures: what is counted, here and by those who use the committer.
-        on_committed: called from the writing thread whenever ``committed_seq`` has moved, after those who waited are
+        on_committed: called by whoever writes whenever ``committed_seq`` has moved, after those who waited are
             released; None when nobody listens.
-        on_broken: called once, from the writing thread, when the disk refused to sync.
-        on_full: called from the writing thread with True when the disk is full and with False when it is not any more.
+        on_broken: called once, by whoever writes, when the disk refused to sync.
+        on_full: called by whoever writes with True when the disk is full and with False when it is not any more.
     """
 
     def __init__(self, state: State, journal: Journal, durability: Durability, clock: Clock, log: Any) -> None:

@@ -106,7 +106,7 @@ class Engine:
         feed: the event stream, for readers that need more than ``events``.
         lease_queue: who waits for a session's lease.
         measures: what it, its journal thread and its flushes count.
-        on_broken: called once, from the journal's thread, when the disk refused to sync: the process must end, with
+        on_broken: called once, by whoever writes the journal, when the disk refused to sync: the process must end, with
             exit code 1.
     """
 
@@ -587,7 +587,7 @@ class Engine:
         return Events(self.feed.open(after, Selection(ops, ids)))
 
     def journal_progress(self) -> float:
-        """When the journal thread began its present piece of work, monotonic seconds; infinite when it rests."""
+        """When whoever writes the journal began, monotonic seconds; infinite when nobody does."""
         since = self._committer.busy_since
         return float("inf") if since is None else since
 

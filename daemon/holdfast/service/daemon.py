@@ -378,7 +378,7 @@ class _Daemon:
         return code
 
     def _journal_broke(self, error: HoldfastError) -> None:
-        """Called from the writer thread: nothing may be acknowledged, flushed or synced any more."""
+        """Called by whoever writes the journal: nothing may be acknowledged, flushed or synced any more."""
         self._end_at_once(str(error))
 
     def _give_up(self) -> NoReturn:
