@@ -167,6 +167,7 @@ class Terminal:
                 stdin=terminal,
                 stdout=output,
                 stderr=terminal,
+                process_group=0,
             )
         os.close(terminal)
         self.raw = ""
@@ -174,6 +175,10 @@ class Terminal:
     def type(self, text: str) -> None:
         """Type *text*."""
         os.write(self._controller, text.encode())
+
+    def interrupt(self) -> None:
+        """What ctrl-C does: a signal to all that run there."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def wait_for(self, part: str, *, after: int = 0) -> None:
         """Read until *part* is shown, *after* so many characters seen before."""

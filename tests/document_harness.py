@@ -37,7 +37,8 @@ class Operation(NamedTuple):
                 path = path.replace(f"{{{one['name']}}}", quote(str(one["example"]), safe=""))
             elif one["in"] == "query" and one.get("required"):
                 query.setdefault(one["name"], one["example"])
-        return f"{path}?{urlencode(query)}" if query else path
+        sent = {name: str(value).lower() if isinstance(value, bool) else value for name, value in query.items()}
+        return f"{path}?{urlencode(sent)}" if sent else path
 
     def media(self) -> Schema:
         """The JSON body it takes: its schema and example; empty when it takes none."""

@@ -5,11 +5,11 @@
     python tests/replay.py DIALOGUES.jsonl[.gz] --connect unix:PATH|tcp:HOST:PORT [--token TOKEN]
 
 A line of the file is ``{"id", "services", "turns": [[role, text], …], "transactions": [{"turn", "service", "intent",
-"success"}, …]}``. Each dialogue becomes a session with a put or patch a turn; each transaction an order, completed with
-its revenue when it succeeded. Several processes send at once, one op at a time each, over the unix socket and TCP in turn.
+"success"}, …]}``. Each dialogue becomes a session with a put or patch a turn, and a conversation with a message a turn; each
+transaction an order, completed with its revenue when it succeeded. Several processes send at once, one op at a time each, over the unix socket and TCP in turn.
 
 Every process keeps the list of what was acknowledged. From these lists alone follows what must be there: every session
-and order field by field, with its version, and the sales figures to the last decimal. With ``--data-dir`` the daemon is
+and order field by field, with its version, every transcript word by word, and the sales figures to the last decimal. With ``--data-dir`` the daemon is
 started here, told to flush by SIGUSR1, stopped by SIGTERM, started again, and compared each time; each ``--kill-at``
 kills it in the middle of the traffic, compares after the restart, then sends what had no answer once more. With ``--events``
 a reader of the event stream, through all of that, must have seen every acknowledged op once, in the order of its process.
@@ -55,7 +55,7 @@ class Op(NamedTuple):
         kind: as in the journal.
         id: of the session or order.
         value: the body.
-        key: its idempotency key, so that sending it again cannot count twice.
+        key: its idempotency key, so that sending it again cannot count twice; a message has its external id for that.
     """
 
     kind: str
@@ -64,13 +64,21 @@ class Op(NamedTuple):
     key: str
 
 
-METHODS = {"session.put": "PUT", "session.patch": "PATCH", "order.put": "PUT", "order.complete": "POST"}
+METHODS = {
+    "session.put": "PUT",
+    "session.patch": "PATCH",
+    "order.put": "PUT",
+    "order.complete": "POST",
+    "message.append": "POST",
+}
 
 
 def path_of(op: Op) -> str:
     """Where *op* is sent to."""
     if op.kind == "order.complete":
         return f"/v1/orders/{op.id}/complete"
+    if op.kind == "message.append":
+        return f"/v1/conversations/{op.id}/messages"
     return f"/v1/{op.kind.split('.')[0]}s/{op.id}"
 
 
@@ -97,6 +105,8 @@ def ops_of(number: int, dialogue: dict[str, Any]) -> Iterator[Op]:
             yield Op(
                 "session.patch", phone, {"pendingData": pending, "currentState": "waiting", "lastActivity": now()}, key
             )
+        message = {"role": role, "content": text, "channel": "replay", "external_id": key, "session_id": phone}
+        yield Op("message.append", phone, message, "")
         for index, transaction in enumerate(transactions):
             if transaction["turn"] == turn:
                 yield from order_ops(number, index, phone, dialogue["id"], transaction)
@@ -144,18 +154,23 @@ class Picture(NamedTuple):
     Attributes:
         sessions: id → version and value.
         orders: the same, without the moment of completion, which only the daemon knows.
+        transcripts: conversation → version, and what was said: title, count, and role and text of each message.
         sales: figures by name, product types among them.
     """
 
     sessions: dict[str, tuple[int, dict[str, Any]]]
     orders: dict[str, tuple[int, dict[str, Any]]]
     sales: dict[str, Decimal]
+    transcripts: dict[str, tuple[int, dict[str, Any]]]
 
 
 def picture_after(ops: Iterable[Op]) -> Picture:
     """What *ops* amount to, beginning with nothing."""
-    picture = Picture({}, {}, {})
+    picture = Picture({}, {}, {}, {})
     for op in ops:
+        if op.kind == "message.append":
+            add_message(picture.transcripts, op)
+            continue
         records = picture.sessions if op.kind.startswith("session") else picture.orders
         version, value = records.get(op.id, (0, {}))
         if op.kind == "session.patch":
@@ -170,6 +185,17 @@ def picture_after(ops: Iterable[Op]) -> Picture:
                 count(picture.sales, "allTimeOrders", "totalOrders", f"type {changed['productType']}")
         records[op.id] = (version + 1, changed)
     return picture
+
+
+def add_message(transcripts: dict[str, tuple[int, dict[str, Any]]], op: Op) -> None:
+    """One more line of the conversation, whose title is its first line by the user."""
+    role, content = op.value["role"], op.value["content"]
+    version, said = transcripts.get(op.id, (0, {"title": None, "count": 0, "messages": []}))
+    title = said["title"]
+    if title is None and role == "user":
+        title = content[:50] + ("..." if len(content) > 50 else "")
+    messages = [*said["messages"], [role, content]]
+    transcripts[op.id] = version + 1, {"title": title, "count": len(messages), "messages": messages}
 
 
 def merged(target: Any, patch: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +218,7 @@ def count(sales: dict[str, Decimal], *names: str, by: Decimal = Decimal(1)) -> N
 def difference(expected: Picture, found: Picture) -> list[str]:
     """What of *found* is not as *expected*; empty when all is equal."""
     wrong = []
-    for noun in ("sessions", "orders"):
+    for noun in ("sessions", "orders", "transcripts"):
         wanted, there = getattr(expected, noun), getattr(found, noun)
         wrong += [f"{noun} {id} lost, expected {wanted[id]}" for id in wanted.keys() - there.keys()]
         wrong += [f"{noun} {id} out of nowhere: {there[id]}" for id in there.keys() - wanted.keys()]
@@ -252,6 +278,12 @@ def picture_found(client: Client) -> Picture:
         if value["status"] == "completed":
             datetime.fromisoformat(value.pop("completedAt"))
         orders[item["id"]] = (item["version"], value)
+    transcripts = {}
+    for item in listed(client, "/v1/conversations"):
+        whole = client.ask("GET", f"/v1/conversations/{item['id']}")
+        messages = [[message["role"], message["content"]] for message in whole["messages"]]
+        said = {"title": whole["title"], "count": whole["message_count"], "messages": messages}
+        transcripts[item["id"]] = (item["version"], said)
     figures = client.ask("GET", "/v1/stats/sales")
     sales = {name: Decimal(amount) for name, amount in figures["totals"].items()}
     for day in figures["daily"]:
@@ -259,7 +291,7 @@ def picture_found(client: Client) -> Picture:
             count(sales, name, by=Decimal(day[name]))
         for product_type, orders_of_type in day["productTypes"].items():
             count(sales, f"type {product_type}", by=Decimal(orders_of_type))
-    return Picture(sessions, orders, sales)
+    return Picture(sessions, orders, sales, transcripts)
 
 
 def listed(client: Client, path: str) -> Iterator[dict[str, Any]]:
@@ -312,7 +344,7 @@ def send(numbered: Sequence[tuple[int, dict[str, Any]]], turn: int, main: Connec
             op = op or next(traffic, None)
             while op is not None:
                 started = time.monotonic()
-                client.ask(METHODS[op.kind], path_of(op), op.value, {"Idempotency-Key": op.key})
+                client.ask(METHODS[op.kind], path_of(op), op.value, {"Idempotency-Key": op.key} if op.key else None)
                 delays.append(time.monotonic() - started)
                 acknowledged.append(op)
                 progress[turn] = len(acknowledged)
@@ -484,7 +516,7 @@ class Trial:
         self.wrong: list[str] = []
         self.say = say
         self._reports: dict[int, Report] = {}
-        self._before = Picture({}, {}, {})
+        self._before = Picture({}, {}, {}, {})
         self._traffic_s = 0.0
 
     def note_before(self, client: Client) -> None:
@@ -501,7 +533,8 @@ class Trial:
         self.wrong += [f"{when}: {one}" for one in wrong]
         uncertain = len(self._in_flight())
         self.say(
-            f"{when}: {len(expected.sessions)} sessions, {len(expected.orders)} orders, revenue "
+            f"{when}: {len(expected.sessions)} sessions, {len(expected.orders)} orders, "
+            f"{sum(said['count'] for _, said in expected.transcripts.values())} messages, revenue "
             f"{expected.sales.get('allTimeRevenue', 0)}, {len(acknowledged)} acknowledged ops"
             + (f", {uncertain} without an answer of which {len(happened)} happened" if uncertain else "")
             + f": {len(wrong)} differences"
@@ -511,7 +544,7 @@ class Trial:
         return [report.in_flight for report in self._reports.values() if report.in_flight is not None]
 
     def _has_happened(self, op: Op, acknowledged: list[Op], found: Picture) -> bool:
-        noun = "sessions" if op.kind.startswith("session") else "orders"
+        noun = {"session": "sessions", "order": "orders", "message": "transcripts"}[op.kind.split(".")[0]]
         after: dict[str, Any] = getattr(picture_after([*(one for one in acknowledged if one.id == op.id), op]), noun)
         there: dict[str, Any] = getattr(found, noun)
         return bool(there.get(op.id) == after[op.id])
@@ -520,7 +553,12 @@ class Trial:
         sales = dict(self._before.sales)
         for name, amount in picture.sales.items():
             count(sales, name, by=amount)
-        return Picture(self._before.sessions | picture.sessions, self._before.orders | picture.orders, sales)
+        return Picture(
+            self._before.sessions | picture.sessions,
+            self._before.orders | picture.orders,
+            sales,
+            self._before.transcripts | picture.transcripts,
+        )
 
     def drive(self, senders: Senders, addresses: list[str], token: str | None, has_come: Moment) -> bool:
         """Let the senders send until they are done, or the moment *has_come*; whether they are done."""
@@ -570,7 +608,8 @@ class Reader:
         try:
             for event in self._events:
                 self._seqs.append(event.seq)
-                self._seen.append(landmark(event.op, str(event.id), event.data["value"]))
+                said = event.data["messages"][0] if event.op == "message.append" else event.data["value"]
+                self._seen.append(landmark(event.op, str(event.id), said))
         except BaseException as error:
             self._failure = error
 
@@ -606,7 +645,8 @@ Landmark = tuple[str, str, Any]
 
 def landmark(kind: str, id: str, value: dict[str, Any]) -> Landmark:
     """Of an op, or of its event."""
-    return kind, id, (value["pendingData"]["turn"] if kind.startswith("session.") else None)
+    turn = value["pendingData"]["turn"] if kind.startswith("session.") else value.get("external_id")
+    return kind, id, turn
 
 
 @contextmanager

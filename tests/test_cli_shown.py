@@ -125,7 +125,7 @@ def test_watching_survives_a_restart(tmp_path: Path):
             seen = len(terminal.raw)
             again = start_daemon(tmp_path)
             try:
-                terminal.wait_for(f"pid               {again.pid}", after=seen)
+                terminal.wait_for(f"pid                 {again.pid}", after=seen)
                 terminal.process.send_signal(signal.SIGINT)
                 assert terminal.finish().code == 0
             finally:
@@ -285,6 +285,10 @@ def asked_of_a_shell(shell: list[str], script: str, cwd: Path, path: str) -> lis
         (["sessions", "--data-dir", "data", "rm", "573002"], ["573002"]),
         (["sessions", "--data-dir", "nowhere", "rm", "573002"], []),
         (["sessions", "get", "--connect", "odd://x", "57"], []),
+        (["conversations", "show", "57"], ["573003"]),
+        (["escalations", "show", ""], ["573003"]),
+        (["conversations", "arch"], ["archive"]),
+        (["stats", "st"], ["storage"]),
         (["collections", "comp"], ["completed-things"]),
         (["collections", "completed-things", "get", ""], ["c1"]),
         (["users", "put", "x", "{}", "--if-v"], ["--if-version"]),
@@ -297,6 +301,8 @@ def test_bash_completes(cwd: Path, on_the_path: str, bash_script: str, words: li
     ops = [hostile, *({"op": "session.put", "id": id, "value": {}} for id in ("573001", "573002"))]
     ask(cwd, "POST", "/v1/batch", {"ops": ops})
     ask(cwd, "PUT", "/v1/collections/completed-things/c1", {})
+    ask(cwd, "POST", "/v1/conversations/573003/messages", {"role": "user", "content": "Hola"})
+    ask(cwd, "POST", "/v1/escalations", {"conversation_id": "573003", "reason": "refund"})
     line = " ".join(f"'{word}'" for word in ["holdfast", *words])
     script = (
         f"{bash_script}\n"

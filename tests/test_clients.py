@@ -132,6 +132,7 @@ ATTEMPTS: dict[str, Attempt] = {
     "order.put and complete": lambda hf: hf.orders.put("1", {}),
     "session.put if absent": lambda hf: hf.sessions.put("1", {}, if_version=0),
     "session.lease": lambda hf: hf.sessions.lease("1", timeout=0),
+    "message.append": lambda hf: hf.conversations.append("1", messages=[{"role": "user", "content": "a"}] * 2),
     "get": lambda hf: hf.sessions.get("1"),
     "list": lambda hf: hf.sessions.list(),
     "flush": lambda hf: hf.flush(),
@@ -156,6 +157,9 @@ def test_a_lost_answer_changes_nothing_twice(name: str, is_async: bool, relay: R
         assert totals["allTimeOrders"] == (1 if "order" in name else 0)
         if name == "session.lease":
             await settled(answer.put({}))
+        if name == "message.append":
+            assert answer.numbers == [1, 2]
+            assert len(await settled(hf.conversations.messages("1"))) == 2
 
     on_relay(tmp_path, is_async, body)
 
@@ -172,6 +176,7 @@ def test_a_lost_answer_to_many_ops_changes_nothing_twice(is_async: bool, relay: 
             for n in range(50):
                 await settled(hf.stats.order("ring"))
                 await settled(hf.sessions.put(str(n), {}, if_version=0))
+                await settled(hf.conversations.append("chat", "user", str(n)))
         assert relay.lose == 0
         relay.lose = 1
         block = hf.atomic()
@@ -183,6 +188,8 @@ def test_a_lost_answer_to_many_ops_changes_nothing_twice(is_async: bool, relay: 
         assert totals["allTimeOrders"] == 51
         assert await settled(hf.sessions.count()) == 51
         assert (await settled(hf.sessions.record("a"))).version == 1
+        said = [one["content"] for one in await settled(hf.conversations.messages("chat"))]
+        assert said == [str(n) for n in range(50)]
 
     on_relay(tmp_path, is_async, body)
 

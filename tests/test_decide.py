@@ -9,14 +9,11 @@ from zoneinfo import ZoneInfo
 import orjson
 import pytest
 
-from holdfast import record
 from holdfast.clock import format_ms, parse_ms
-from holdfast.core.decide import Rules, decide, decide_expiry, due_ms
-from holdfast.core.event import Event, encode_event
-from holdfast.core.state import State, answer_of, apply
+from holdfast.core.decide import decide, decide_expiry, due_ms
+from holdfast.core.event import Event
 from holdfast.errors import (
     Conflict,
-    HoldfastError,
     InvalidRecord,
     Leased,
     NotFound,
@@ -25,7 +22,6 @@ from holdfast.errors import (
 )
 from holdfast.ops import (
     ANY_VERSION,
-    Answer,
     AnyOp,
     OrderCancel,
     OrderComplete,
@@ -47,45 +43,11 @@ from holdfast.ops import (
     UserPut,
 )
 from holdfast.values import ValueLimits
+from tests.decide_harness import World
 from tests.engine_harness import NOW, NOW_MS
 
 DAY_MS = 86_400_000
 HOUR_AGO = "2026-11-21T05:00:00.000Z"
-
-
-class World:
-    """A state, its rules and its time."""
-
-    def __init__(self, **rules: Any) -> None:
-        self.state = State()
-        self.rules = Rules(**rules)
-        self.now_ms = NOW_MS
-
-    def do(self, op: AnyOp) -> Answer:
-        """Decide and apply *op*."""
-        decided = decide(self.state, op, self.rules, self.state.seq + 1, self.now_ms)
-        if isinstance(decided, Answer):
-            return decided
-        encode_event(decided)
-        apply(self.state, decided, self.now_ms, undoable=False)
-        return answer_of(decided, decided.seq)
-
-    def refused(self, op: AnyOp, error: type[HoldfastError]) -> str:
-        """Why *op* is refused."""
-        seq = self.state.seq
-        with pytest.raises(error) as found:
-            self.do(op)
-        assert self.state.seq == seq
-        return str(found.value)
-
-    def value(self, collection: str, id: str) -> Any:
-        line = self.state.collections[collection].get(id)
-        return None if line is None else orjson.loads(record.value_of(line))
-
-    def totals(self) -> tuple[int, int, Any]:
-        """Orders, completions, revenue of all time."""
-        found = self.state.sales.totals
-        return found.get("allTimeOrders", 0), found.get("allTimeCompleted", 0), found.get("allTimeRevenue", 0)
 
 
 # Versions and conditions, the same for every collection.

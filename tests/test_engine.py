@@ -495,13 +495,13 @@ def test_ops_go_on_while_a_flush_writes(tmp_path: Path, monkeypatch: pytest.Monk
         directory = engine._flusher._directory
         stage = directory.stage
 
-        def busy(name: str, chunks: Any) -> Any:
+        def busy(*arguments: Any) -> Any:
             for n in range(50, 60):
                 do(engine, put(str(n)))
                 do(engine, SessionPatch(id=str(n - 50), value={"n": 2}))
                 do(engine, SessionDelete(id=str(n - 20)))
             monkeypatch.setattr(directory, "stage", stage)
-            return stage(name, chunks)
+            return stage(*arguments)
 
         monkeypatch.setattr(directory, "stage", busy)
         report = engine.flush("api")

@@ -19,6 +19,7 @@ SESSIONS = 300
 ORDERS = 40
 DAYS_IN_FILE = 121
 DAYS_KEPT = 90
+CONVERSATIONS = 20
 
 NAMES = ["Ana Martínez", "李小龙", "O'Neil", "José 🎶", "محمد"]
 TEXTS = ["Hola! quiero una USB 🎶", 'line one\nline two\t"quoted" \\ backslash', "zero\u200bwidth e\u0301", "</script>"]
@@ -33,6 +34,8 @@ class Legacy(NamedTuple):
         stale, invalid, merged: how many sessions are dropped, skipped, merged; *invalid* counts orders as well.
         days: the figures that are kept, oldest first.
         totals: of all time.
+        conversations: the valid ones, whole, by id; one more is broken.
+        escalations: ids of those whose customer waits.
     """
 
     sessions: dict[str, dict[str, Any]]
@@ -42,6 +45,8 @@ class Legacy(NamedTuple):
     merged: int
     days: list[dict[str, Any]]
     totals: dict[str, int]
+    conversations: dict[str, dict[str, Any]]
+    escalations: list[str]
 
 
 def javascript_time(moment: datetime) -> str:
@@ -130,8 +135,47 @@ def written_by_an_old_bot(directory: Path) -> Legacy:
         profile = {"user_id": f"user-{number}", "created_at": python_time(now), "name": name}
         write_pretty(directory / "users" / f"user-{number}.json", profile)
     (directory / "users" / "broken.json").write_text('{"user_id": "bro', encoding="utf-8")
+    conversations, escalations = conversations_of_an_old_bot(directory, rnd, now)
     invalid = len(unusable) + len(unusable_orders) + 1
-    return Legacy(alive, orders, stale, invalid, merged, days[-DAYS_KEPT:], totals)
+    return Legacy(alive, orders, stale, invalid, merged, days[-DAYS_KEPT:], totals, conversations, escalations)
+
+
+def conversations_of_an_old_bot(
+    directory: Path, rnd: random.Random, now: datetime
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """A file for each conversation, some of them escalated, one cut short."""
+    for place in ("conversations", "escalations"):
+        (directory / place).mkdir()
+    conversations: dict[str, dict[str, Any]] = {}
+    escalations = []
+    for number in range(CONVERSATIONS):
+        id = f"conversation-{number}"
+        started = now - timedelta(days=rnd.uniform(1, 80))
+        messages = [{"role": "system", "content": "You are a helpful assistant"}]
+        for turn in range(rnd.randint(1, 12)):
+            messages.append({"role": "assistant" if turn % 2 else "user", "content": rnd.choice(TEXTS)})
+        conversations[id] = {
+            "id": id,
+            "created_at": python_time(started),
+            "updated_at": python_time(started + timedelta(minutes=5)),
+            "title": messages[1]["content"][:50],
+            "messages": messages,
+            "escalated": number % 5 == 0,
+        }
+        write_pretty(directory / "conversations" / f"{id}.json", conversations[id])
+        if number % 5 == 0:
+            escalation = {
+                "conversation_id": id,
+                "timestamp": python_time(started),
+                "reason": "Customer requested assistance",
+                "contact_info": {"name": rnd.choice(NAMES)},
+                "priority": "high" if number % 10 == 0 else "low",
+                "status": "pending",
+            }
+            write_pretty(directory / "escalations" / f"{id}_escalation.json", escalation)
+            escalations.append(id)
+    (directory / "conversations" / "broken.json").write_text('{"id": "broken", "messages": [', encoding="utf-8")
+    return conversations, escalations
 
 
 def write_pretty(path: Path, value: Any) -> None:
@@ -241,3 +285,62 @@ def test_a_removed_user_does_not_come_back(loaded: Loaded) -> None:
         again.close()
 
     assert users == {f"user-{number}" for number in range(1, len(NAMES))}
+
+
+def as_old(client: Client, id: str) -> dict[str, Any]:
+    """A conversation in the old bot's form, with its times as moments."""
+    whole = client.ask("GET", f"/v1/conversations/{id}")
+    messages = [{"role": message["role"], "content": message["content"]} for message in whole["messages"]]
+    shown = {field: whole[field] for field in ("id", "created_at", "updated_at", "title", "escalated")}
+    return with_moments(shown | {"messages": messages})
+
+
+def with_moments(conversation: dict[str, Any]) -> dict[str, Any]:
+    moments = {}
+    for field in ("created_at", "updated_at"):
+        moment = datetime.fromisoformat(conversation[field]).replace(tzinfo=UTC)
+        moments[field] = moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+    return conversation | moments
+
+
+def test_every_conversation_comes_over(loaded: Loaded) -> None:
+    """With title, times and every message in order; who waited waits still; the broken one is told and kept aside."""
+    legacy = loaded.legacy
+
+    event = loaded.daemon.event("conversations.imported")
+
+    messages = sum(len(conversation["messages"]) for conversation in legacy.conversations.values())
+    assert (event["conversations"], event["messages"], event["escalations"], event["broken"]) == (
+        CONVERSATIONS,
+        messages,
+        len(legacy.escalations),
+        1,
+    )
+    for id, conversation in legacy.conversations.items():
+        assert as_old(loaded.client, id) == with_moments(conversation)
+    waiting = loaded.found("/v1/escalations")
+    assert sorted(waiting) == sorted(legacy.escalations)
+    assert "broken.json" in loaded.daemon.event("conversation.import_failed")["reason"]
+    assert len(list((loaded.directory / "quarantine").glob("*-broken.json"))) == 1
+    storage = loaded.client.ask("GET", "/v1/stats/storage")
+    assert (storage["total"], storage["messages"]) == (CONVERSATIONS, messages)
+
+
+def test_conversations_are_taken_over_once(loaded: Loaded) -> None:
+    """A second start has them all, none twice, and none that was deleted meanwhile."""
+    loaded.client.ask("DELETE", "/v1/conversations/conversation-0")
+    loaded.daemon.stop(signal.SIGKILL)
+
+    again = Daemon(loaded.directory)
+    try:
+        client = Client(again.addresses[0], None)
+        second = loaded._replace(daemon=again, client=client)
+        assert sorted(second.found("/v1/conversations")) == sorted(
+            set(loaded.legacy.conversations) - {"conversation-0"}
+        )
+        for id in list(loaded.legacy.conversations)[1:]:
+            assert as_old(client, id) == with_moments(loaded.legacy.conversations[id])
+        again.stop(signal.SIGTERM)
+        assert not [event for event in again.events if event["event"] == "conversations.imported"]
+    finally:
+        again.close()

@@ -427,7 +427,7 @@ def test_collections_beyond_the_hundredth_are_counted_together(tmp_path: Path) -
         later = scrape()
 
     labels = after.labels("records", "collection")
-    assert labels == {"sessions", "orders", "completed_orders", "users", *names[:100], "(other)"}
+    assert labels == {"sessions", "orders", "completed_orders", "users", "conversations", "escalations", *names[:100], "(other)"}
     assert after.value("records", collection="other") == 2
     assert after.value("records", collection="(other)") == 60
     assert later.value("records", collection="(other)") == 61
@@ -440,7 +440,7 @@ def test_followers_are_told_apart_by_kind(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("holdfast.feed.HOLD_S", 0.0)
     with running(tmp_path) as engine:
         scrape = scraper_of(engine)
-        engine.follow("archive", lambda: 2)
+        engine.follow("replica", lambda: 2)
         readers = [engine.feed.open(after=0) for _ in range(3)]
         for number in range(5):
             do(engine, put(str(number)))
@@ -453,12 +453,12 @@ def test_followers_are_told_apart_by_kind(tmp_path: Path, monkeypatch: pytest.Mo
             reader.close()
         gone = scrape()
 
-    assert behind.labels("follower_lag_events", "follower") == {"archive", "events"}
-    assert behind.value("follower_lag_events", follower="archive") == 3
+    assert behind.labels("follower_lag_events", "follower") == {"archive", "replica", "events"}
+    assert behind.value("follower_lag_events", follower="replica") == 3
     assert behind.value("follower_lag_events", follower="events") == 5
     assert behind.value("followers", follower="events") == 3
     assert caught_up.value("follower_lag_events", follower="events") == 0
-    assert gone.labels("followers", "follower") == {"archive"}
+    assert gone.labels("followers", "follower") == {"archive", "replica"}
 
 
 def test_a_flood_of_kinds_of_followers_is_bounded(tmp_path: Path) -> None:
@@ -470,7 +470,7 @@ def test_a_flood_of_kinds_of_followers_is_bounded(tmp_path: Path) -> None:
         after = scraper_of(engine)()
 
     assert len(after.labels("followers", "follower")) == 21
-    assert after.value("followers", follower="(other)") == 11
+    assert after.value("followers", follower="(other)") == 12
 
 
 def test_damage_found_at_the_start_shows(tmp_path: Path) -> None:
@@ -482,7 +482,7 @@ def test_damage_found_at_the_start_shows(tmp_path: Path) -> None:
     with running(tmp_path) as engine:
         after = scraper_of(engine)()
 
-    assert after.labels("degraded", "reason") == {"disk_full", "flush_failed", "damage"}
+    assert after.labels("degraded", "reason") == {"disk_full", "flush_failed", "archive_stalled", "damage"}
     assert after.value("degraded", reason="damage") == 1
 
 

@@ -56,6 +56,25 @@ def test_the_library_through_a_daemon(tmp_path: Path) -> None:
         daemon.kill()
 
 
+def test_conversations(tmp_path: Path) -> None:
+    """The third: a message that comes twice, a window, an escalation, the figures."""
+    printed = run(EXAMPLES[2], tmp_path).splitlines()
+
+    assert printed[:2] == ["user Hola! quiero una USB de 64GB", "assistant ¡Claro! ¿Con qué música?"]
+    assert "'handler': 'waiting'" in printed[2] and "'message_count': 2" in printed[2]
+    assert "'escalated_share': 1.0" in printed[3]
+
+
+def test_the_drop_in_module(tmp_path: Path) -> None:
+    """The fourth, in the directory of the third: a list that grew is one conversation with both messages."""
+    run(EXAMPLES[2], tmp_path)
+
+    printed = run(EXAMPLES[3], tmp_path).splitlines()
+
+    assert "¡Hola!" in printed[0] and "USB" not in printed[0]
+    assert "'message_count': 2" in printed[1]
+
+
 def test_every_example_is_run() -> None:
     """One more in the README wants one more test here."""
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 4

@@ -88,7 +88,13 @@ def test_the_sample_covers_every_kind_of_op() -> None:
 
     statuses = {value["status"] for _, value in picture.orders.values()}
 
-    assert {op.kind for op in ops()} == {"session.put", "session.patch", "order.put", "order.complete"}
+    assert {op.kind for op in ops()} == {
+        "session.put",
+        "session.patch",
+        "order.put",
+        "order.complete",
+        "message.append",
+    }
     assert statuses == {"pending", "completed"}
     assert picture.sales["allTimeRevenue"] != int(picture.sales["allTimeRevenue"])
 

@@ -23,6 +23,7 @@ from holdfast.core.sales import (
     money,
     money_text,
     oldest_day,
+    periods_of,
 )
 from holdfast.errors import InvalidRecord
 
@@ -187,3 +188,103 @@ def test_other_layouts_are_refused(raw: bytes) -> None:
     """Nothing is counted onto what is not understood."""
     with pytest.raises(ValueError):
         decode_sales(raw)
+
+
+def figures(day: str, orders: int, completed: int, revenue: str, **types: int) -> dict[str, object]:
+    """The figures of one day."""
+    return {
+        "date": day,
+        "totalOrders": orders,
+        "completedOrders": completed,
+        "totalRevenue": add_money(0, Decimal(revenue)),
+        "productTypes": types,
+    }
+
+
+DAYS = [
+    figures("2026-12-31", 2, 1, "0.1", music=2),
+    figures("2027-01-01", 1, 1, "0.2", video=1),
+    figures("2027-01-04", 3, 0, "0", music=1, video=2),
+    figures("2027-02-28", 1, 1, "10"),
+]
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        (
+            "day",
+            [
+                ("2026-12-31", "2026-12-31", "2026-12-31", 2, 1, "0.1", {"music": 2}),
+                ("2027-01-01", "2027-01-01", "2027-01-01", 1, 1, "0.2", {"video": 1}),
+                ("2027-01-04", "2027-01-04", "2027-01-04", 3, 0, "0", {"music": 1, "video": 2}),
+                ("2027-02-28", "2027-02-28", "2027-02-28", 1, 1, "10", {}),
+            ],
+        ),
+        (
+            "week",
+            [
+                ("2026-W53", "2026-12-28", "2027-01-03", 3, 2, "0.3", {"music": 2, "video": 1}),
+                ("2027-W01", "2027-01-04", "2027-01-10", 3, 0, "0", {"music": 1, "video": 2}),
+                ("2027-W08", "2027-02-22", "2027-02-28", 1, 1, "10", {}),
+            ],
+        ),
+        (
+            "month",
+            [
+                ("2026-12", "2026-12-01", "2026-12-31", 2, 1, "0.1", {"music": 2}),
+                ("2027-01", "2027-01-01", "2027-01-31", 4, 1, "0.2", {"music": 1, "video": 3}),
+                ("2027-02", "2027-02-01", "2027-02-28", 1, 1, "10", {}),
+            ],
+        ),
+    ],
+)
+def test_days_are_added_up_by_period(group: str, expected: list[tuple[object, ...]]):
+    """By day, ISO week or month, in order, exactly, with the calendar's own bounds; nothing is made up between."""
+    sales = Sales({str(day["date"]): day for day in reversed(DAYS)})
+
+    found = periods_of(sales, group)  # type: ignore[arg-type]
+
+    assert [tuple(one.values()) for one in found] == [
+        (period, begins, ends, orders, completed, Decimal(revenue), types)
+        for period, begins, ends, orders, completed, revenue, types in expected
+    ]
+    assert all(isinstance(one["totalRevenue"], int | Decimal) for one in found)
+    assert sum(one["totalOrders"] for one in found) == 7
+
+
+def test_periods_of_some_days_or_one_product():
+    """Both ends belong to it. Of one product there are orders; completions and revenue are not known by product."""
+    sales = Sales({str(day["date"]): day for day in DAYS})
+
+    assert [one["period"] for one in periods_of(sales, "day", "2027-01-01", "2027-01-04")] == [
+        "2027-01-01",
+        "2027-01-04",
+    ]
+    assert periods_of(sales, "month", product="video") == [
+        {"period": "2027-01", "from": "2027-01-01", "to": "2027-01-31", "totalOrders": 3, "productTypes": {"video": 3}}
+    ]
+    assert periods_of(sales, "month", product="none") == periods_of(Sales()) == []
+
+
+@pytest.mark.parametrize("group", ["day", "week", "month"])
+@pytest.mark.parametrize("day", ["0001-01-01", "0999-12-31", "9999-12-31"])
+def test_the_ends_of_the_calendar_are_periods_too(group: str, day: str):
+    """Dates that nobody means, but that a file may hold."""
+    (found,) = periods_of(Sales({day: figures(day, 1, 0, "0")}), group)  # type: ignore[arg-type]
+
+    assert found["from"] <= day <= found["to"]
+    assert found["period"].startswith((day[:4], "0998-W", "1000-W"))
+
+
+def test_periods_leave_the_figures_as_they_are():
+    """What they are made of is not changed, and without them the file's layout is what it was."""
+    sales = Sales({str(day["date"]): day for day in DAYS})
+    before = encode_sales(sales)
+
+    periods = periods_of(sales, "month")
+
+    assert encode_sales(sales) == before
+    assert orjson.loads(encode_sales(sales, periods)) == orjson.loads(before) | {
+        "periods": [one | {"totalRevenue": float(one["totalRevenue"])} for one in periods]
+    }

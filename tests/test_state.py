@@ -12,8 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from holdfast import record
-from holdfast.core.decide import Rules, decide, decide_expiry, due_ms
+from holdfast.core.decide import decide, decide_expiry, due_ms
 from holdfast.core.event import Event, decode_event, encode_event
+from holdfast.core.rules import Rules
 from holdfast.core.sales import decode_sales, encode_sales
 from holdfast.core.state import State, answer_of, apply, is_custom_name
 from holdfast.errors import HoldfastError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
@@ -14,16 +15,22 @@ import orjson
 from holdfast.api import (
     LIST_PAGE,
     UPDATE_ATTEMPTS,
+    ConversationOps,
+    EscalationOps,
     Id,
+    Messages,
     OrderOps,
     RecordOps,
     SessionOps,
     StatsOps,
     Value,
+    When,
     changed,
     counted,
     detached,
     lease_op,
+    ms_of,
+    span_s,
     text_of,
     waited,
 )
@@ -31,11 +38,56 @@ from holdfast.blocking import sales_figures
 from holdfast.errors import BadRequest, HoldfastError, VersionMismatch
 from holdfast.events import Event
 from holdfast.held import AsyncLease, AsyncLeaseRequest
-from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Seconds, SessionLease
+from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Seconds, SessionLease, Window
+
+
+class AsyncTranscripts(Protocol):
+    """Where what is said in conversations comes from: as ``blocking.Transcripts``, with await."""
+
+    async def conversation(self, id: str) -> Record | None: ...
+
+    async def page(
+        self,
+        *,
+        limit: int = 100,
+        cursor: str | None = None,
+        user_id: str | None = None,
+        session_id: str | None = None,
+        escalated: bool | None = None,
+        archived: bool | None = None,
+        since_ms: int | None = None,
+        until_ms: int | None = None,
+        active_within_s: float | None = None,
+        older_than_s: float | None = None,
+    ) -> Page: ...
+
+    async def messages(
+        self,
+        id: str,
+        *,
+        limit: int = 100,
+        before: str | int | None = None,
+        after: int | None = None,
+        role: str | None = None,
+        author: str | None = None,
+        since_ms: int | None = None,
+        until_ms: int | None = None,
+    ) -> Page: ...
+
+    async def window(self, id: str, *, messages: int | None = None, tokens: int | None = None) -> Window: ...
+
+    async def escalations(
+        self, *, limit: int = 100, cursor: str | None = None, status: str | None = None, priority: str | None = None
+    ) -> Page: ...
+
+    async def storage(self) -> dict[str, Any]: ...
 
 
 class AsyncSource(Protocol):
     """Where answers come from: as ``blocking.Source``, with await."""
+
+    @property
+    def transcripts(self) -> AsyncTranscripts: ...
 
     async def get(self, collection: str, id: str) -> Record | None: ...
 
@@ -184,8 +236,202 @@ class Records(RecordOps[Awaitable[Answer]], Reading):
         Reading.__init__(self, holdfast, name, self.put)
 
 
+class Conversations(ConversationOps[Awaitable[Answer]]):
+    """The conversations: each has a head, which is always at hand, and messages, which are read as they are asked for."""
+
+    def __init__(self, holdfast: AsyncHoldfast) -> None:
+        super().__init__(holdfast._do)
+        self._source = holdfast._source
+
+    async def get(self, id: Id, default: Any = None) -> Any:
+        """The conversation *id* whole as a dict, its ``messages`` in order among its fields, or *default*."""
+        found = await self._source.transcripts.conversation(text_of(id))
+        return default if found is None else orjson.loads(found.value)
+
+    async def head(self, id: Id, default: Any = None) -> Any:
+        """What is known of the conversation *id* beside its messages (title, counts, times …) as a dict, or *default*."""
+        found = await self.record(id)
+        return default if found is None else orjson.loads(found.value)
+
+    async def record(self, id: Id) -> Record | None:
+        """The head as JSON bytes, with its version; nothing is decoded."""
+        return await self._source.get("conversations", text_of(id))
+
+    async def page(
+        self,
+        *,
+        limit: int = 100,
+        cursor: str | None = None,
+        user_id: Id | None = None,
+        session_id: Id | None = None,
+        escalated: bool | None = None,
+        archived: bool | None = None,
+        since_ms: When | None = None,
+        until_ms: When | None = None,
+        active_within: Seconds | None = None,
+        older_than: Seconds | None = None,
+    ) -> Page:
+        """Some heads from *cursor* on, the conversation with the newest message first; filters as for ``list``."""
+        return await self._source.transcripts.page(
+            limit=limit,
+            cursor=cursor,
+            user_id=None if user_id is None else text_of(user_id),
+            session_id=None if session_id is None else text_of(session_id),
+            escalated=escalated,
+            archived=archived,
+            since_ms=ms_of(since_ms),
+            until_ms=ms_of(until_ms),
+            active_within_s=span_s(active_within, "active_within"),
+            older_than_s=span_s(older_than, "older_than"),
+        )
+
+    async def list(
+        self,
+        *,
+        user_id: Id | None = None,
+        session_id: Id | None = None,
+        escalated: bool | None = None,
+        archived: bool | None = None,
+        since_ms: When | None = None,
+        until_ms: When | None = None,
+        active_within: Seconds | None = None,
+        older_than: Seconds | None = None,
+    ) -> AsyncIterator[Record]:
+        """The heads, the conversation with the newest message first; filters as for ``blocking.Conversations.list``."""
+        cursor: str | None = None
+        while True:
+            page = await self.page(
+                limit=LIST_PAGE,
+                cursor=cursor,
+                user_id=user_id,
+                session_id=session_id,
+                escalated=escalated,
+                archived=archived,
+                since_ms=since_ms,
+                until_ms=until_ms,
+                active_within=active_within,
+                older_than=older_than,
+            )
+            for item in page.items:
+                yield item
+            if page.next is None:
+                return
+            cursor = page.next
+
+    async def messages(
+        self,
+        id: Id,
+        *,
+        role: str | None = None,
+        author: str | None = None,
+        since_ms: When | None = None,
+        until_ms: When | None = None,
+    ) -> AsyncIterator[dict[str, Any]]:
+        """All messages of the conversation *id* as dicts, oldest first; as ``blocking.Conversations.messages``."""
+        after = 0
+        while True:
+            page = await self.message_page(
+                id, limit=LIST_PAGE, after=after, role=role, author=author, since_ms=since_ms, until_ms=until_ms
+            )
+            for item in page.items:
+                yield orjson.loads(item.value)
+            if page.next is None:
+                return
+            after = int(page.next)
+
+    async def message_page(
+        self,
+        id: Id,
+        *,
+        limit: int = 100,
+        before: str | int | None = None,
+        after: int | None = None,
+        role: str | None = None,
+        author: str | None = None,
+        since_ms: When | None = None,
+        until_ms: When | None = None,
+    ) -> Page:
+        """Some messages, in order; as ``blocking.Conversations.message_page``."""
+        return await self._source.transcripts.messages(
+            text_of(id),
+            limit=limit,
+            before=before,
+            after=after,
+            role=role,
+            author=author,
+            since_ms=ms_of(since_ms),
+            until_ms=ms_of(until_ms),
+        )
+
+    async def newest(self, id: Id, n: int = 20) -> Messages:
+        """The newest *n* messages of the conversation *id* as dicts, oldest first."""
+        found: deque[dict[str, Any]] = deque()
+        before: str | None = None
+        while True:
+            page = await self.message_page(id, limit=min(n - len(found), LIST_PAGE), before=before)
+            found.extendleft(orjson.loads(item.value) for item in reversed(page.items))
+            if page.next is None or len(found) >= n:
+                return [*found]
+            before = page.next
+
+    async def window(self, id: Id, *, messages: int | None = None, tokens: int | None = None) -> Messages:
+        """The newest messages that fit, as dicts, oldest first; as ``blocking.Conversations.window``."""
+        found = await self._source.transcripts.window(text_of(id), messages=messages, tokens=tokens)
+        return [orjson.loads(item.value) for item in found.items]
+
+    async def count(self) -> int:
+        """How many conversations, archived ones as well."""
+        return await self._source.count("conversations")
+
+    async def contains(self, id: Id) -> bool:
+        """Whether there is a conversation *id*."""
+        return await self.record(id) is not None
+
+
+class Escalations(EscalationOps[Awaitable[Answer]]):
+    """Customers who wait for a human; an escalation has the id of its conversation."""
+
+    def __init__(self, holdfast: AsyncHoldfast) -> None:
+        super().__init__(holdfast._do)
+        self._source = holdfast._source
+
+    async def get(self, id: Id, default: Any = None) -> Any:
+        """The escalation of the conversation *id* as a dict, or *default*."""
+        found = await self.record(id)
+        return default if found is None else orjson.loads(found.value)
+
+    async def record(self, id: Id) -> Record | None:
+        """It as JSON bytes, with its version; nothing is decoded."""
+        return await self._source.get("escalations", text_of(id))
+
+    async def page(
+        self, *, limit: int = 100, cursor: str | None = None, status: str | None = None, priority: str | None = None
+    ) -> Page:
+        """Some from *cursor* on, in the order of ``list``."""
+        return await self._source.transcripts.escalations(limit=limit, cursor=cursor, status=status, priority=priority)
+
+    async def list(self, *, status: str | None = None, priority: str | None = None) -> AsyncIterator[Record]:
+        """All of them, or those of one *status* (pending, …) or *priority* (low, high): high first, then who waits longest."""
+        cursor: str | None = None
+        while True:
+            page = await self.page(limit=LIST_PAGE, cursor=cursor, status=status, priority=priority)
+            for item in page.items:
+                yield item
+            if page.next is None:
+                return
+            cursor = page.next
+
+    async def count(self) -> int:
+        """How many escalations, of any status."""
+        return await self._source.count("escalations")
+
+    async def contains(self, id: Id) -> bool:
+        """Whether the conversation *id* has one."""
+        return await self.record(id) is not None
+
+
 class Stats(StatsOps[Awaitable[Answer]]):
-    """The sales figures."""
+    """The sales figures, and how much there is."""
 
     def __init__(self, holdfast: AsyncHoldfast) -> None:
         super().__init__(holdfast._do)
@@ -194,6 +440,10 @@ class Stats(StatsOps[Awaitable[Answer]]):
     async def sales(self) -> dict[str, Any]:
         """As in ``sales_stats.json``, with amounts that are not whole as Decimal."""
         return sales_figures(await self._source.sales())
+
+    async def storage(self) -> dict[str, Any]:
+        """As ``blocking.Stats.storage``."""
+        return await self._source.transcripts.storage()
 
 
 class AsyncBlock(Protocol):
@@ -241,7 +491,8 @@ class AsyncHoldfast(ABC):
 
     Attributes:
         sessions, orders, users: the built-in collections.
-        stats: the sales figures.
+        conversations, escalations: what is said, and who waits for a human.
+        stats: the sales figures, and how much there is.
     """
 
     def __init__(self, source: AsyncSource) -> None:
@@ -249,6 +500,8 @@ class AsyncHoldfast(ABC):
         self.sessions = Sessions(self)
         self.orders = Orders(self)
         self.users = Records(self, "users")
+        self.conversations = Conversations(self)
+        self.escalations = Escalations(self)
         self.stats = Stats(self)
 
     def collection(self, name: str) -> Records:

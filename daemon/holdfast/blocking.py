@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from decimal import Decimal
@@ -16,27 +17,88 @@ import orjson
 from holdfast.api import (
     LIST_PAGE,
     UPDATE_ATTEMPTS,
+    ConversationOps,
+    EscalationOps,
     Id,
+    Messages,
     OrderOps,
     RecordOps,
     SessionOps,
     StatsOps,
     Value,
+    When,
     changed,
     counted,
     detached,
     lease_op,
+    ms_of,
+    span_s,
     text_of,
     waited,
 )
 from holdfast.errors import BadRequest, HoldfastError, VersionMismatch
 from holdfast.events import Event
 from holdfast.held import Lease, Renewals
-from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Seconds, SessionLease
+from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Seconds, SessionLease, Window
+
+
+class Transcripts(Protocol):
+    """Where what is said in conversations comes from; as ``holdfast.transcripts.Transcripts``."""
+
+    def conversation(self, id: str) -> Record | None:
+        """A conversation whole, with its ``messages``."""
+
+    def page(
+        self,
+        *,
+        limit: int = 100,
+        cursor: str | None = None,
+        user_id: str | None = None,
+        session_id: str | None = None,
+        escalated: bool | None = None,
+        archived: bool | None = None,
+        since_ms: int | None = None,
+        until_ms: int | None = None,
+        active_within_s: float | None = None,
+        older_than_s: float | None = None,
+    ) -> Page:
+        """Conversations without their messages, newest first."""
+
+    def messages(
+        self,
+        id: str,
+        *,
+        limit: int = 100,
+        before: str | int | None = None,
+        after: int | None = None,
+        role: str | None = None,
+        author: str | None = None,
+        since_ms: int | None = None,
+        until_ms: int | None = None,
+    ) -> Page:
+        """Messages of a conversation, in order."""
+
+    def window(self, id: str, *, messages: int | None = None, tokens: int | None = None) -> Window:
+        """The newest messages that fit."""
+
+    def escalations(
+        self, *, limit: int = 100, cursor: str | None = None, status: str | None = None, priority: str | None = None
+    ) -> Page:
+        """Escalations, the most urgent first."""
+
+    def storage(self) -> dict[str, Any]:
+        """How much there is."""
 
 
 class Source(Protocol):
-    """Where answers come from: an engine, or a connection to one."""
+    """Where answers come from: an engine, or a connection to one.
+
+    Attributes:
+        transcripts: those about conversations.
+    """
+
+    @property
+    def transcripts(self) -> Transcripts: ...
 
     def get(self, collection: str, id: str) -> Record | None:
         """The record *id* in its last durable state."""
@@ -213,8 +275,244 @@ class Records(RecordOps[Answer], Reading):
         Reading.__init__(self, holdfast, name, self.put)
 
 
+class Conversations(ConversationOps[Answer]):
+    """The conversations: each has a head, which is always at hand, and messages, which are read as they are asked for."""
+
+    def __init__(self, holdfast: Holdfast) -> None:
+        super().__init__(holdfast._do)
+        self._source = holdfast._source
+
+    def get(self, id: Id, default: Any = None) -> Any:
+        """The conversation *id* whole as a dict, its ``messages`` in order among its fields, or *default*.
+
+        Raises:
+            TooLarge: above 64 MiB; ``messages`` reads it piece by piece.
+        """
+        found = self._source.transcripts.conversation(text_of(id))
+        return default if found is None else orjson.loads(found.value)
+
+    def head(self, id: Id, default: Any = None) -> Any:
+        """What is known of the conversation *id* beside its messages (title, counts, times …) as a dict, or *default*."""
+        found = self.record(id)
+        return default if found is None else orjson.loads(found.value)
+
+    def record(self, id: Id) -> Record | None:
+        """The head as JSON bytes, with its version; nothing is decoded."""
+        return self._source.get("conversations", text_of(id))
+
+    def page(
+        self,
+        *,
+        limit: int = 100,
+        cursor: str | None = None,
+        user_id: Id | None = None,
+        session_id: Id | None = None,
+        escalated: bool | None = None,
+        archived: bool | None = None,
+        since_ms: When | None = None,
+        until_ms: When | None = None,
+        active_within: Seconds | None = None,
+        older_than: Seconds | None = None,
+    ) -> Page:
+        """Some heads from *cursor* on, the conversation with the newest message first; filters as for ``list``."""
+        return self._source.transcripts.page(
+            limit=limit,
+            cursor=cursor,
+            user_id=None if user_id is None else text_of(user_id),
+            session_id=None if session_id is None else text_of(session_id),
+            escalated=escalated,
+            archived=archived,
+            since_ms=ms_of(since_ms),
+            until_ms=ms_of(until_ms),
+            active_within_s=span_s(active_within, "active_within"),
+            older_than_s=span_s(older_than, "older_than"),
+        )
+
+    def list(
+        self,
+        *,
+        user_id: Id | None = None,
+        session_id: Id | None = None,
+        escalated: bool | None = None,
+        archived: bool | None = None,
+        since_ms: When | None = None,
+        until_ms: When | None = None,
+        active_within: Seconds | None = None,
+        older_than: Seconds | None = None,
+    ) -> Iterator[Record]:
+        """The heads, the conversation with the newest message first, a page at a time.
+
+        Args:
+            user_id, session_id: only those that belong to them.
+            escalated, archived: only those that are, or are not.
+            since_ms, until_ms: updated at or after, before: ms since 1970, or a datetime with its zone.
+            active_within, older_than: updated within the last …, or not: seconds, or such as ``"30d"``.
+        """
+        cursor: str | None = None
+        while True:
+            page = self.page(
+                limit=LIST_PAGE,
+                cursor=cursor,
+                user_id=user_id,
+                session_id=session_id,
+                escalated=escalated,
+                archived=archived,
+                since_ms=since_ms,
+                until_ms=until_ms,
+                active_within=active_within,
+                older_than=older_than,
+            )
+            yield from page.items
+            if page.next is None:
+                return
+            cursor = page.next
+
+    def messages(
+        self,
+        id: Id,
+        *,
+        role: str | None = None,
+        author: str | None = None,
+        since_ms: When | None = None,
+        until_ms: When | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """All messages of the conversation *id* as dicts, oldest first, read a page at a time.
+
+        Args:
+            role, author: only these.
+            since_ms, until_ms: created at or after, before: ms since 1970, or a datetime with its zone.
+
+        Raises:
+            NotFound: no such conversation.
+        """
+        after = 0
+        while True:
+            page = self.message_page(
+                id, limit=LIST_PAGE, after=after, role=role, author=author, since_ms=since_ms, until_ms=until_ms
+            )
+            yield from (orjson.loads(item.value) for item in page.items)
+            if page.next is None:
+                return
+            after = int(page.next)
+
+    def message_page(
+        self,
+        id: Id,
+        *,
+        limit: int = 100,
+        before: str | int | None = None,
+        after: int | None = None,
+        role: str | None = None,
+        author: str | None = None,
+        since_ms: When | None = None,
+        until_ms: When | None = None,
+    ) -> Page:
+        """The newest messages of the conversation *id* or, with *after*, the oldest; in order either way.
+
+        Args:
+            before: only older ones than the message with this number, or ``next`` of the page that came before.
+            after: only newer ones than the message with this number; 0 begins with the first.
+        """
+        return self._source.transcripts.messages(
+            text_of(id),
+            limit=limit,
+            before=before,
+            after=after,
+            role=role,
+            author=author,
+            since_ms=ms_of(since_ms),
+            until_ms=ms_of(until_ms),
+        )
+
+    def newest(self, id: Id, n: int = 20) -> Messages:
+        """The newest *n* messages of the conversation *id* as dicts, oldest first."""
+        found: deque[dict[str, Any]] = deque()
+        before: str | None = None
+        while True:
+            page = self.message_page(id, limit=min(n - len(found), LIST_PAGE), before=before)
+            found.extendleft(orjson.loads(item.value) for item in reversed(page.items))
+            if page.next is None or len(found) >= n:
+                return [*found]
+            before = page.next
+
+    def window(self, id: Id, *, messages: int | None = None, tokens: int | None = None) -> Messages:
+        """The newest messages that fit, as dicts, oldest first; never a tool's result without its call.
+
+        Args:
+            messages: at most so many; 20 when neither is given.
+            tokens: at most so many together. A message whose tokens nobody counted counts one for four characters.
+
+        Raises:
+            NotFound: no such conversation.
+            BadRequest: below 1.
+        """
+        found = self._source.transcripts.window(text_of(id), messages=messages, tokens=tokens)
+        return [orjson.loads(item.value) for item in found.items]
+
+    def count(self) -> int:
+        """How many conversations, archived ones as well."""
+        return self._source.count("conversations")
+
+    def contains(self, id: Id) -> bool:
+        """Whether there is a conversation *id*."""
+        return self.record(id) is not None
+
+    def __contains__(self, id: object) -> bool:
+        return isinstance(id, str | int) and self.contains(id)
+
+    def __len__(self) -> int:
+        return self.count()
+
+
+class Escalations(EscalationOps[Answer]):
+    """Customers who wait for a human; an escalation has the id of its conversation."""
+
+    def __init__(self, holdfast: Holdfast) -> None:
+        super().__init__(holdfast._do)
+        self._source = holdfast._source
+
+    def get(self, id: Id, default: Any = None) -> Any:
+        """The escalation of the conversation *id* as a dict, or *default*."""
+        found = self.record(id)
+        return default if found is None else orjson.loads(found.value)
+
+    def record(self, id: Id) -> Record | None:
+        """It as JSON bytes, with its version; nothing is decoded."""
+        return self._source.get("escalations", text_of(id))
+
+    def page(
+        self, *, limit: int = 100, cursor: str | None = None, status: str | None = None, priority: str | None = None
+    ) -> Page:
+        """Some from *cursor* on, in the order of ``list``."""
+        return self._source.transcripts.escalations(limit=limit, cursor=cursor, status=status, priority=priority)
+
+    def list(self, *, status: str | None = None, priority: str | None = None) -> Iterator[Record]:
+        """All of them, or those of one *status* (pending, …) or *priority* (low, high): high first, then who waits longest."""
+        cursor: str | None = None
+        while True:
+            page = self.page(limit=LIST_PAGE, cursor=cursor, status=status, priority=priority)
+            yield from page.items
+            if page.next is None:
+                return
+            cursor = page.next
+
+    def count(self) -> int:
+        """How many escalations, of any status."""
+        return self._source.count("escalations")
+
+    def contains(self, id: Id) -> bool:
+        """Whether the conversation *id* has one."""
+        return self.record(id) is not None
+
+    def __contains__(self, id: object) -> bool:
+        return isinstance(id, str | int) and self.contains(id)
+
+    def __len__(self) -> int:
+        return self.count()
+
+
 class Stats(StatsOps[Answer]):
-    """The sales figures."""
+    """The sales figures, and how much there is."""
 
     def __init__(self, holdfast: Holdfast) -> None:
         super().__init__(holdfast._do)
@@ -223,6 +521,10 @@ class Stats(StatsOps[Answer]):
     def sales(self) -> dict[str, Any]:
         """As in ``sales_stats.json``, with amounts that are not whole as Decimal."""
         return sales_figures(self._source.sales())
+
+    def storage(self) -> dict[str, Any]:
+        """How many conversations, messages, tokens and bytes; exact, and found without counting them."""
+        return self._source.transcripts.storage()
 
 
 _decode_sales = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
@@ -272,7 +574,8 @@ class Holdfast(ABC):
 
     Attributes:
         sessions, orders, users: the built-in collections.
-        stats: the sales figures.
+        conversations, escalations: what is said, and who waits for a human.
+        stats: the sales figures, and how much there is.
     """
 
     def __init__(self, source: Source) -> None:
@@ -282,6 +585,8 @@ class Holdfast(ABC):
         self.sessions = Sessions(self)
         self.orders = Orders(self)
         self.users = Records(self, "users")
+        self.conversations = Conversations(self)
+        self.escalations = Escalations(self)
         self.stats = Stats(self)
 
     def collection(self, name: str) -> Records:

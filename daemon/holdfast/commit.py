@@ -135,8 +135,8 @@ class Committer:
         committed_seq: every event up to here is as durable as its caller asked for.
         unflushed_since: when the first event after the last checkpoint came, monotonic seconds; None when there is none.
         measures: what is counted, here and by those who use the committer.
-        on_committed: called by whoever writes whenever ``committed_seq`` has moved, after those who waited are
-            released; None when nobody listens.
+        on_committed: each is called by whoever writes whenever ``committed_seq`` has moved, or something was synced,
+            after those who waited are released.
         on_broken: called once, by whoever writes, when the disk refused to sync.
         on_full: called by whoever writes with True when the disk is full and with False when it is not any more.
     """
@@ -144,7 +144,7 @@ class Committer:
     def __init__(self, state: State, journal: Journal, durability: Durability, clock: Clock, log: Any) -> None:
         self.lock = threading.Lock()
         self.committed_seq = state.seq
-        self.on_committed: Callable[[], None] | None = None
+        self.on_committed: tuple[Callable[[], None], ...] = ()
         self.on_broken: Callable[[HoldfastError], None] = lambda error: None
         self.on_full: Callable[[bool], None] = lambda is_full: None
         self.durability: Durability = durability
@@ -162,6 +162,7 @@ class Committer:
         self._broken: JournalBroken | None = None
         self._is_full = False
         self._is_closing = False
+        self._is_settling = False
         # Not an Event, whose waiter wakes only to wait for the lock that the setter still holds.
         self._wakes: SimpleQueue[None] = SimpleQueue()
         self._is_woken = False
@@ -258,6 +259,11 @@ class Committer:
             raise checkpoint.error
         return checkpoint.seq
 
+    def settle(self) -> None:
+        """Have everything acknowledged so far written and synced soon, whatever durability was asked for."""
+        self._is_settling = True
+        self._wake()
+
     def close(self) -> None:
         """Write what was acknowledged but not yet written, sync, and end the thread.
 
@@ -349,12 +355,15 @@ class Committer:
         # Before looking: what comes after the look wakes the thread again.
         self._is_woken = False
         deferred = checkpoint = None
+        is_settling = False
+        if is_thread:
+            is_settling, self._is_settling = self._is_settling, False
         with self.lock:
             batch, self._gathering = self._gathering, Batch()
             if is_thread:
                 checkpoint = self._checkpoint
             # What was deferred precedes what gathered, so it must reach the disk before.
-            if batch.lines or checkpoint:
+            if batch.lines or checkpoint or is_settling:
                 deferred, self._deferred = self._deferred, None
             if batch.lines:
                 self._state.begin_write()
@@ -363,11 +372,11 @@ class Committer:
             if checkpoint:
                 checkpoint.seq = self._state.seq
                 checkpoint.begin(checkpoint.seq)
-        has_work = bool(batch.lines or checkpoint)
+        has_work = bool(batch.lines or checkpoint or deferred)
         if not has_work and self._is_closing:
             return False
         self._busy_since = self._clock.monotonic()
-        error = self._write(deferred, batch, checkpoint)
+        error = self._write(deferred, batch, checkpoint, is_settling)
         if error is None and self._journal.segment_bytes >= SEGMENT_BYTES and not checkpoint:
             if is_thread:
                 # Without room for another file this one grows on, and nobody needs to know.
@@ -381,7 +390,9 @@ class Committer:
             checkpoint.done.set()
         return has_work
 
-    def _write(self, deferred: Batch | None, batch: Batch, checkpoint: _Checkpoint | None) -> HoldfastError | None:
+    def _write(
+        self, deferred: Batch | None, batch: Batch, checkpoint: _Checkpoint | None, is_settling: bool
+    ) -> HoldfastError | None:
         """Bring *deferred*, then *batch*, to the disk; the error when that failed and was dealt with."""
         if self._broken is not None:
             self._fail(batch, self._broken, deferred)
@@ -393,7 +404,7 @@ class Committer:
                 deferred = None
             if batch.lines:
                 self._append(batch)
-            if batch.needs_sync or checkpoint or self._is_sync_due():
+            if batch.needs_sync or checkpoint or is_settling or self._is_sync_due():
                 self._sync()
             if batch.lines:
                 with self.lock:
@@ -424,8 +435,8 @@ class Committer:
         """Tell those who follow the journal, if there are any, that they may read up to *last_seq*."""
         if last_seq > self.committed_seq:
             self.committed_seq = last_seq
-        if self.on_committed is not None:
-            self.on_committed()
+        for tell in self.on_committed:
+            tell()
 
     def _rotate(self) -> HoldfastError | None:
         try:

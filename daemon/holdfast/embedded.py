@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from holdfast.blocking import Block, Events, Holdfast
+from holdfast.care.retention import CHECK_EVERY_S, Daily
 from holdfast.engine import Engine, Ticket
 from holdfast.errors import HoldfastError
 from holdfast.leases import take_lease
@@ -65,10 +66,14 @@ class Keeper:
 
     def _run(self) -> None:
         every_s = min(EXPIRE_EVERY_S, self._engine.settings.flush_every)
-        waited_s = 0.0
+        retention = Daily(self._engine, self._stopping.is_set)
+        waited_s = since_start_s = 0.0
         while not self._stopping.wait(every_s):
             waited_s += every_s
+            since_start_s += every_s
             try:
+                if since_start_s >= CHECK_EVERY_S:
+                    retention.run_when_due()
                 self._engine.expire()
                 if waited_s >= self._engine.settings.flush_every or self._engine.flush_wanted():
                     waited_s = 0.0

@@ -16,7 +16,7 @@ from holdfast.embedded import Keeper, note_ticket, settings_from
 from holdfast.engine import Engine, Ticket
 from holdfast.errors import HoldfastError
 from holdfast.leases import take_lease_async
-from holdfast.ops import Answer, AnyOp, Batch, Durability, FlushReport, Page, Record, SessionLease
+from holdfast.ops import Answer, AnyOp, Batch, Durability, FlushReport, Page, Record, SessionLease, Window
 from holdfast.recovery import open_engine
 
 
@@ -46,11 +46,37 @@ def _close(keeper: Keeper, engine: Engine) -> None:
     engine.close()
 
 
+class _Transcripts:
+    """The engine's answers about conversations, which are read from the disk, in threads."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._transcripts = engine.transcripts
+
+    async def conversation(self, id: str) -> Record | None:
+        return await asyncio.to_thread(self._transcripts.conversation, id)
+
+    async def page(self, **wanted: Any) -> Page:
+        return await asyncio.to_thread(self._transcripts.page, **wanted)
+
+    async def messages(self, id: str, **wanted: Any) -> Page:
+        return await asyncio.to_thread(self._transcripts.messages, id, **wanted)
+
+    async def window(self, id: str, *, messages: int | None = None, tokens: int | None = None) -> Window:
+        return await asyncio.to_thread(self._transcripts.window, id, messages=messages, tokens=tokens)
+
+    async def escalations(self, **wanted: Any) -> Page:
+        return await asyncio.to_thread(self._transcripts.escalations, **wanted)
+
+    async def storage(self) -> dict[str, Any]:
+        return await asyncio.to_thread(self._transcripts.storage)
+
+
 class _Memory:
-    """The engine's answers, which come without waiting, for callers that await them."""
+    """The engine's answers, for callers that await them; all but those about conversations come without waiting."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.transcripts = _Transcripts(engine)
 
     async def get(self, collection: str, id: str) -> Record | None:
         return self._engine.get(collection, id)
@@ -128,6 +154,22 @@ class _Records(_InMemory, asynchronous.Records):
         self.engine = holdfast.engine
 
 
+class _Conversations(_InMemory, asynchronous.Conversations):
+    name = "conversations"
+
+    def __init__(self, holdfast: AsyncEmbedded) -> None:
+        asynchronous.Conversations.__init__(self, holdfast)
+        self.engine = holdfast.engine
+
+
+class _Escalations(_InMemory, asynchronous.Escalations):
+    name = "escalations"
+
+    def __init__(self, holdfast: AsyncEmbedded) -> None:
+        asynchronous.Escalations.__init__(self, holdfast)
+        self.engine = holdfast.engine
+
+
 class AsyncEmbedded(AsyncHoldfast):
     """An open data directory.
 
@@ -141,6 +183,8 @@ class AsyncEmbedded(AsyncHoldfast):
         self.sessions = _Sessions(self)
         self.orders = _Orders(self)
         self.users = _Records(self, "users")
+        self.conversations = _Conversations(self)
+        self.escalations = _Escalations(self)
 
     def collection(self, name: str) -> asynchronous.Records:
         """The custom collection *name*; it comes into being with its first record."""

@@ -9,20 +9,38 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, get_args
 from zoneinfo import ZoneInfo
 
 import msgspec
 
 from holdfast import record
+from holdfast.archive.base import Escalation, Head
+from holdfast.archive.follower import Follower, Place, Source
+from holdfast.care import mirror
 from holdfast.clock import Clock, format_ms, parse_ms
 from holdfast.commit import Batch as WriteBatch
 from holdfast.commit import Committer
-from holdfast.core.decide import Rules, decide, decide_expiry
+from holdfast.core.collection import SHARDS
+from holdfast.core.conversations import Archived, Externals, external_ids, is_held
+from holdfast.core.decide import NOTHING_KNOWN, decide, decide_expiry
 from holdfast.core.event import Event, encode_event
-from holdfast.core.sales import encode_sales
-from holdfast.core.state import COMPLETED_ORDERS, KEYS, LEASES, ORDERS, SESSIONS, USERS, State, answer_of, apply
+from holdfast.core.rules import Rules
+from holdfast.core.sales import Sales, encode_sales
+from holdfast.core.state import (
+    COMPLETED_ORDERS,
+    CONVERSATIONS,
+    ESCALATIONS,
+    KEYS,
+    LEASES,
+    ORDERS,
+    SESSIONS,
+    USERS,
+    State,
+    answer_of,
+    apply,
+)
 from holdfast.disk.files import DirectoryLock
 from holdfast.disk.journal import Journal
 from holdfast.errors import BadRequest, ForkedProcess, HoldfastError, StorageFull, TooLarge, Unavailable
@@ -31,13 +49,28 @@ from holdfast.flush import Flusher
 from holdfast.leases import LeaseQueue
 from holdfast.load import forgotten_ms
 from holdfast.measures import Gauges
-from holdfast.ops import Answer, AnyOp, Batch, Durability, FlushReport, Page, Record, Retry
+from holdfast.ops import (
+    Answer,
+    AnyOp,
+    Batch,
+    Durability,
+    FlushReport,
+    MessageAppend,
+    MessageExpire,
+    Page,
+    Record,
+    Retry,
+)
 from holdfast.pages import Filter, page_of
 from holdfast.settings import Settings
+from holdfast.transcripts import Transcripts
 from holdfast.values import ValueLimits
 
 EXPIRE_AT_ONCE = 1_000
 """Sessions that one ``session.expire`` event may hold, so that no event and no wait for the lock is long."""
+
+ARCHIVE_WAIT_S = 5.0
+"""What a flush gives the archive to catch up; when it does not, the journal is kept for it."""
 
 CLOCK_JUMP_MS = 5 * 60_000
 """A wall clock this far ahead of the monotonic one has jumped; expiry does not believe it."""
@@ -105,6 +138,8 @@ class Engine:
         degraded: reasons why the data is not all it should be; empty when healthy.
         feed: the event stream, for readers that need more than ``events``.
         lease_queue: who waits for a session's lease.
+        transcripts: the conversations, for reading.
+        log: where it tells what it does.
         measures: what it, its journal thread and its flushes count.
         on_broken: called once, by whoever writes the journal, when the disk refused to sync: the process must end, with
             exit code 1.
@@ -132,7 +167,7 @@ class Engine:
         flusher.journal_keep = settings.journal_keep
         self._directory_lock: DirectoryLock | None = lock
         self._clock = clock
-        self._log = log
+        self.log = self._log = log
         self._rules = rules_of(settings, reserved_names)
         self._committer = Committer(state, journal, settings.durability, clock, log)
         self._committer.on_full = self._log_full
@@ -153,13 +188,74 @@ class Engine:
         self._close_guard = threading.Lock()
         self.lease_queue = LeaseQueue()
         state.on_released = self.lease_queue.released
+        self.transcripts = Transcripts(self.get, clock.now_ms)
+        self._follower: Follower | None = None
+        self._mirror: mirror.Mirror | None = None
         _open_engines.add(self)
 
     # Changing.
 
+    def start_archive(self, place: Place) -> None:
+        """Open the archive in *place* and follow the journal with it, until ``close``. Called once, before anything else.
+
+        Raises:
+            DataRefused: a newer Holdfast wrote it.
+        """
+        source = Source(
+            lock=self._lock,
+            backlog=self._state.backlog,
+            journal=self.feed.directory,
+            synced_seq=lambda: self._journal.synced_seq,
+            settle=self._committer.settle,
+            heads=lambda: (Head(one.id, one.version, one.value) for one in self._everything(CONVERSATIONS)),
+            escalations=lambda: (Escalation(one.id, one.version, one.value) for one in self._everything(ESCALATIONS)),
+        )
+        follower = self._follower = Follower(place, source, self._log)
+        self._committer.on_committed += (follower.committed,)
+        self._flusher.follow("archive", lambda: follower.durable_seq)
+        self._flusher.before_pruning = lambda seq: follower.catch_up(seq, ARCHIVE_WAIT_S)
+        self.transcripts.follow_with(follower)
+        follower.start()
+
+    def start_mirror(self, *, trusted_seq: int | None, stamp: Callable[[], str]) -> None:
+        """Write the readable mirror after each flush from now on. Called once, after ``start_archive``.
+
+        Args:
+            trusted_seq: what the snapshots held at the start; what changed since was noted by the state's backlog. None
+                when that is not known.
+            stamp: as of ``mirror.Source``.
+        """
+        assert self._state.backlog.touched is not None, "what the mirror needs was not noted"
+        source = mirror.Source(
+            lock=self._lock,
+            backlog=self._state.backlog,
+            get=self.get,
+            ids=lambda collection: (one.id for one in self._everything(collection)),
+            transcripts=self.transcripts,
+            stamp=stamp,
+        )
+        writer = self._mirror = mirror.Mirror(
+            self.settings.data_dir, source, trusted_seq, self._state.seq, self._log
+        )
+        self._flusher.before_publishing = writer.begin
+        self._flusher.after_flush = writer.flushed
+        writer.start()
+
+    def _everything(self, collection: str) -> Iterator[Record]:
+        """All records of *collection* in their last durable state, a shard at a time."""
+        found = self._state.collections[collection]
+        for index in range(SHARDS):
+            with self._lock:
+                ids = list(found.committed_shard(index))
+            for id in ids:
+                line = found.committed(id)
+                if line is not None:
+                    value, version = record.split(line)
+                    yield Record(id, version, value)
+
     def submit(
         self,
-        op: AnyOp,
+        op: AnyOp | MessageExpire,
         *,
         durability: Durability | None = None,
         retry: Retry | None = None,
@@ -176,12 +272,14 @@ class Engine:
         """
         if durability is not None:
             _check_durability(durability)
+        # Before the lock, since the archive is on the disk.
+        known = self._known_messages(op) if type(op) is MessageAppend else NOTHING_KNOWN
         if at_once:
-            return self._submit_at_once(lambda: self._decide_one(op, durability, retry))
+            return self._submit_at_once(lambda: self._decide_one(op, durability, retry, known))
         with self._lock:
             if self._refusal is not None:
                 raise self._refusal
-            return self._decide_one(op, durability, retry)
+            return self._decide_one(op, durability, retry, known)
 
     def submit_batch(
         self,
@@ -203,12 +301,27 @@ class Engine:
         ops_max = self.settings.limits.batch_ops
         if len(batch.ops) > ops_max:
             raise TooLarge(f"a batch may have {ops_max} ops, this one has {len(batch.ops)}")
+        known = {
+            index: found
+            for index, op in enumerate(batch.ops)
+            if type(op) is MessageAppend and (found := self._known_messages(op))
+        }
         if at_once:
-            return self._submit_at_once(lambda: self._decide_all(batch, durability, retry))
+            return self._submit_at_once(lambda: self._decide_all(batch, durability, retry, known))
         with self._lock:
             if self._refusal is not None:
                 raise self._refusal
-            return self._decide_all(batch, durability, retry)
+            return self._decide_all(batch, durability, retry, known)
+
+    def _known_messages(self, op: MessageAppend) -> Externals:
+        """Of the external ids in *op* those that the archive knows."""
+        wanted = external_ids(op)
+        line = self._state.conversations.get(op.id) if wanted else None
+        if line is None:
+            return NOTHING_KNOWN
+        born = record.header_of(line).born
+        found = self.transcripts.external_numbers(op.id, wanted, born)
+        return {pair: Archived(number, born) for pair, number in found.items()}
 
     def _submit_at_once(self, decide_under_lock: Callable[[], Ticket]) -> Ticket:
         leads = False
@@ -222,11 +335,13 @@ class Engine:
             if leads:
                 self._committer.lead()
 
-    def _decide_one(self, op: AnyOp, durability: Durability | None, retry: Retry | None) -> Ticket:
+    def _decide_one(
+        self, op: AnyOp | MessageExpire, durability: Durability | None, retry: Retry | None, known: Externals
+    ) -> Ticket:
         state = self._state
         place = None if retry is None else (retry.client, 0, retry.number)
         try:
-            answer, batch = self._decide(op, durability, place, self._is_repeat(retry), self._clock.now_ms())
+            answer, batch = self._decide(op, durability, place, self._is_repeat(retry), self._clock.now_ms(), known)
         except HoldfastError as error:
             in_flight = self._committer.in_flight()
             if in_flight is None:
@@ -235,9 +350,11 @@ class Engine:
             return Ticket([], state.seq, in_flight, error)
         return Ticket([answer], state.seq, batch)
 
-    def _decide_all(self, batch: Batch, durability: Durability | None, retry: Retry | None) -> Ticket:
+    def _decide_all(
+        self, batch: Batch, durability: Durability | None, retry: Retry | None, known: Mapping[int, Externals]
+    ) -> Ticket:
         if batch.atomic:
-            return self._decide_together(batch.ops, durability, retry)
+            return self._decide_together(batch.ops, durability, retry, known)
         outcomes: list[Answer | HoldfastError] = []
         now_ms = self._clock.now_ms()
         place: tuple[str, int, int] | None = None
@@ -246,7 +363,8 @@ class Engine:
             if retry is not None:
                 place = (retry.client, index, retry.number)
             try:
-                outcomes.append(self._decide(op, durability, place, is_repeat, now_ms)[0])
+                of_op = known.get(index, NOTHING_KNOWN) if known else NOTHING_KNOWN
+                outcomes.append(self._decide(op, durability, place, is_repeat, now_ms, of_op)[0])
             except HoldfastError as error:
                 outcomes.append(error)
         return Ticket(outcomes, self._state.seq, self._committer.in_flight())
@@ -257,11 +375,12 @@ class Engine:
 
     def _decide(
         self,
-        op: AnyOp,
+        op: AnyOp | MessageExpire,
         durability: Durability | None,
         place: tuple[str, int, int] | None,
         is_repeat: bool,
         now_ms: int,
+        known: Externals,
     ) -> tuple[Answer, WriteBatch | None]:
         """Decide and apply one op, under the lock: its answer, and the batch after which it may be told.
 
@@ -269,7 +388,7 @@ class Engine:
         """
         state, committer = self._state, self._committer
         try:
-            decided = decide(state, op, self._rules, state.seq + 1, now_ms, place if is_repeat else None)
+            decided = decide(state, op, self._rules, state.seq + 1, now_ms, place if is_repeat else None, known)
         except HoldfastError as error:
             self._op_counts.refused[type(op), error.code] += 1
             raise
@@ -293,7 +412,9 @@ class Engine:
         counts[type(op)] += 1
         return answer_of(decided, seq), batch
 
-    def _decide_together(self, ops: list[AnyOp], durability: Durability | None, retry: Retry | None) -> Ticket:
+    def _decide_together(
+        self, ops: list[AnyOp], durability: Durability | None, retry: Retry | None, known: Mapping[int, Externals]
+    ) -> Ticket:
         state, committer = self._state, self._committer
         now_ms = self._clock.now_ms()
         seq = state.seq + 1
@@ -306,7 +427,8 @@ class Engine:
         with state.all_or_nothing():
             for index, op in enumerate(ops):
                 try:
-                    decided = decide(state, op, self._rules, seq, now_ms, retry and (retry.client, index, retry.number))
+                    place = None if retry is None else (retry.client, index, retry.number)
+                    decided = decide(state, op, self._rules, seq, now_ms, place, known.get(index, NOTHING_KNOWN))
                 except HoldfastError as error:
                     self._op_counts.refused[type(op), error.code] += 1
                     error.index = index
@@ -328,7 +450,7 @@ class Engine:
         batch = committer.add(payload, seq, durability, undoable=undoable)
         return Ticket(outcomes, seq, batch)
 
-    def _check_room(self, ops: list[AnyOp]) -> None:
+    def _check_room(self, ops: Sequence[AnyOp | MessageExpire]) -> None:
         """Refuse *ops* that would wait in memory for a flush that cannot be written."""
         if self._committer.deferred_bytes > self.settings.journal_max:
             for op in ops:
@@ -384,6 +506,7 @@ class Engine:
         for wheel, collection in (
             (state.lease_wheel, state.leases),
             (state.key_wheel, state.keys),
+            (state.external_wheel, state.externals),
         ):
             looked = True
             while looked:
@@ -446,6 +569,10 @@ class Engine:
         wanted = Filter(since_ms, state)
         return page_of(self._state, self._lock, self._rules, collection, limit, cursor, wanted)
 
+    def is_held(self, head: Mapping[str, Any]) -> bool:
+        """Whether a legal hold keeps the conversation of *head*."""
+        return is_held(self._state, head)
+
     def count(self, collection: str) -> int:
         """How many records, in their last durable state."""
         with self._lock:
@@ -458,10 +585,13 @@ class Engine:
 
     def sales(self) -> bytes:
         """The sales figures in their last durable state, as in ``sales_stats.json``."""
+        return encode_sales(self.sales_figures())
+
+    def sales_figures(self) -> Sales:
+        """The same as values, for those who add them up."""
         self._check_readable()
         with self._lock:
-            sales = self._state.committed_sales
-        return encode_sales(sales)
+            return self._state.committed_sales
 
     def status(self) -> dict[str, Any]:
         """Counts, seqs, sizes and the last flush, for people and monitors."""
@@ -476,12 +606,15 @@ class Engine:
             "pending_orders": count[ORDERS],
             "completed_orders": count[COMPLETED_ORDERS],
             "users": count[USERS],
+            "conversations": count[CONVERSATIONS],
+            "open_escalations": count[ESCALATIONS],
             "collections": {found.name: count[found.name] for found in list(state.custom())},
             "leases": count[LEASES],
             "idempotency_keys": count[KEYS],
             "seq": state.seq,
             "durable_seq": journal.synced_seq,
             "snapshot_seq": self._flusher.snapshot_seq,
+            "archived_seq": 0 if self._follower is None else self._follower.covered_seq,
             "journal_bytes": journal.size_bytes,
             "journal_segments": journal.segments,
             "snapshot_bytes": self._flusher.snapshot_bytes,
@@ -489,6 +622,14 @@ class Engine:
             "last_flush": None if last is None else msgspec.to_builtins(last),
             "degraded": self.degraded,
         }
+
+    def now_ms(self) -> int:
+        """The time of records: ms since 1970."""
+        return self._clock.now_ms()
+
+    def monotonic(self) -> float:
+        """The time of durations: seconds."""
+        return self._clock.monotonic()
 
     @property
     def uptime_s(self) -> float:
@@ -504,6 +645,7 @@ class Engine:
         """
         self._check_readable()
         state, journal, flusher = self._state, self._journal, self._flusher
+        follower = self._follower
         waiting = [since for since in (flusher.flushing_since, self._committer.unflushed_since) if since is not None]
         durable_seq, snapshot_seq = journal.synced_seq, flusher.snapshot_seq
         oldest = min(waiting, default=None) if state.seq > snapshot_seq else None
@@ -523,14 +665,18 @@ class Engine:
             flush_every_s=self.settings.flush_every,
             has_flush_failed=flusher.last_error is not None,
             is_disk_full=self._committer.is_full,
-            is_damaged=bool(self._recovery_notes),
+            is_damaged=bool(self._recovery_notes or (follower and follower.lost_messages)),
+            is_archive_stalled=follower is not None and follower.failure is not None,
+            archived_seq=0 if follower is None else follower.covered_seq,
             records={name: found.count for name, found in list(state.collections.items()) if name[0] != "_"},
             leases=state.leases.count,
             idempotency_keys=state.keys.count,
             follower_lag={
                 name: max(0, durable_seq - watermark()) for name, watermark in list(flusher.followers.items())
             }
-            | self.feed.lags(),
+            | self.feed.lags()
+            # What it has taken, not what it has synced: that moves with each flush only.
+            | ({} if follower is None else {"archive": follower.lag}),
             disk_free_bytes=free_bytes,
             disk_bytes=disk_bytes,
         )
@@ -543,6 +689,13 @@ class Engine:
             reasons.append("the disk is full: writes are refused with storage_full until there is room")
         if self._flusher.last_error is not None:
             reasons.append(f"the last flush failed: {self._flusher.last_error}")
+        if self._follower is not None:
+            if self._follower.failure is not None:
+                reasons.append(f"the archive cannot be written: {self._follower.failure}")
+            if self._follower.lost_messages:
+                reasons.append(f"the archive was damaged and made anew without {self._follower.lost_messages} messages")
+        if self._mirror is not None and self._mirror.failure is not None:
+            reasons.append(f"the readable mirror cannot be written: {self._mirror.failure}")
         return reasons
 
     # Keeping.
@@ -624,6 +777,10 @@ class Engine:
                     if flush:
                         self._flusher.flush("shutdown", self._committer, self._state)
                 finally:
+                    if self._mirror is not None:
+                        self._mirror.close()
+                    if self._follower is not None:
+                        self._follower.close()
                     self._committer.close()
             finally:
                 self.feed.close()
@@ -673,6 +830,7 @@ def rules_of(settings: Settings, reserved_names: dict[str, str]) -> Rules:
         id_chars_max=limits.id_chars,
         zone=ZoneInfo(settings.stats.timezone),
         keep_days=settings.stats.keep_days,
+        message_limits=ValueLimits(limits.message_bytes, limits.depth, limits.keys),
         reserved_names=reserved_names,
     )
 

@@ -214,7 +214,8 @@ class Feed:
             name = next(name for name in map("events-{}".format, itertools.count(1)) if name not in self._readers)
             position = self._committer.committed_seq if after is None else after
             reader = self._readers[name] = Reader(self, name, position, selection or Selection())
-            self._committer.on_committed = self._wake
+            if self._wake not in self._committer.on_committed:
+                self._committer.on_committed += (self._wake,)
         try:
             self._flusher.follow(name, reader.watermark)
             oldest = oldest_seq(self.directory)
@@ -267,7 +268,8 @@ class Feed:
         with self._moved:
             self._readers.pop(name, None)
             if not self._readers:
-                self._committer.on_committed = None
+                told = self._committer.on_committed
+                self._committer.on_committed = tuple(one for one in told if one != self._wake)
                 self._shared.close()
         self._flusher.unfollow(name)
 

@@ -18,7 +18,21 @@ from holdfast.clock import Clock, format_ms
 from holdfast.commit import Committer
 from holdfast.core.collection import SHARDS, Collection
 from holdfast.core.sales import Sales, encode_sales
-from holdfast.core.state import COMPLETED_ORDERS, COUNTED, KEYS, LEASES, ORDERS, RETRIES, SESSIONS, USERS, State
+from holdfast.core.state import (
+    COMPLETED_ORDERS,
+    CONVERSATIONS,
+    COUNTED,
+    ESCALATIONS,
+    EXTERNALS,
+    HOLDS,
+    KEYS,
+    LEASES,
+    ORDERS,
+    RETRIES,
+    SESSIONS,
+    USERS,
+    State,
+)
 from holdfast.disk.files import FULL_ERRNOS, Directory
 from holdfast.disk.journal import Journal
 from holdfast.disk.snapshot import (
@@ -48,6 +62,10 @@ FILE_OF = {
     KEYS: "_keys.json",
     RETRIES: RETRIES_FILE,
     COUNTED: "_counted.json",
+    CONVERSATIONS: "_conversations.json",
+    ESCALATIONS: "_escalations.json",
+    HOLDS: "_holds.json",
+    EXTERNALS: "_externals.json",
 }
 """Where the built-in collections live; a custom one lives in NAME.json."""
 
@@ -64,6 +82,9 @@ class Flusher:
         followers: by name, what each still needs: a function that gives its watermark seq. Changed by ``follow`` and
             ``unfollow``, from any thread.
         journal_keep: bytes of the journal that are kept for readers behind the snapshots.
+        before_publishing: called with the seq of the snapshots before they are in place; must not raise.
+        before_pruning: called with the seq of the snapshots before the journal is pruned, so that followers may catch up.
+        after_flush: called with that seq when all is done; must not raise.
         flushing_since: when the oldest event came that the flush under way writes, monotonic seconds; None when there
             is none.
         last_report: of the last flush that succeeded.
@@ -82,6 +103,9 @@ class Flusher:
         """Begin with the files of *manifest*, and with those *loaded* (name to size and mtime_ns) that others wrote."""
         self.followers: dict[str, Callable[[], int]] = {}
         self.journal_keep = 0
+        self.before_publishing: Callable[[int], object] = lambda seq: None
+        self.before_pruning: Callable[[int], object] = lambda seq: None
+        self.after_flush: Callable[[int], object] = lambda seq: None
         # Who begins to follow either counts in a pruning, or finds what it left.
         self._pruning = threading.Lock()
         self.flushing_since: float | None = None
@@ -180,6 +204,7 @@ class Flusher:
         measures.flush.add(report.duration_ms / 1000)
         measures.flushed_bytes += report.bytes
         self._log.info("flush.completed", **{key: getattr(report, key) for key in _LOGGED})
+        self.after_flush(report.snapshot_seq)
         return report
 
     def _write(self, reason: str, committer: Committer, state: State, started: float) -> FlushReport:
@@ -204,13 +229,14 @@ class Flusher:
                 sales.append(state.sales)
 
         staged: dict[str, FileEntry] = {}
+        is_busy = _change_detector(state)
         try:
             seq = committer.checkpoint(begin)
             for collection in captured:
                 name = file_of(collection.name)
                 records = _Counter()
                 written = self._directory.stage(
-                    name, snapshot_chunks(_captured_shards(collection, committer.lock, records))
+                    name, snapshot_chunks(_captured_shards(collection, committer.lock, records)), is_busy
                 )
                 staged[name] = entry_of(written, records.count, seq)
             if sales:
@@ -221,6 +247,7 @@ class Flusher:
                 staged[RETRIES_FILE] = entry_of(
                     self._directory.stage(RETRIES_FILE, snapshot_chunks([lines])), len(lines), seq
                 )
+            self.before_publishing(seq)
             self._publish(staged, seq)
             self.flushing_since = None
         except BaseException:
@@ -233,6 +260,7 @@ class Flusher:
             with committer.lock:
                 for collection in captured:
                     collection.end_capture()
+        self.before_pruning(seq)
         # What was damaged is no history to go on with.
         is_sound = reason != "recovery"
         pruned = self._retire(seq, self.journal_keep if is_sound and self._may_keep(committer) else 0)
@@ -339,6 +367,18 @@ class _Run:
 class _Counter:
     def __init__(self) -> None:
         self.count = 0
+
+
+def _change_detector(state: State) -> Callable[[], bool]:
+    """Tells whether anything was changed since it was asked last."""
+    seen_seq = state.seq
+
+    def has_changed() -> bool:
+        nonlocal seen_seq
+        before, seen_seq = seen_seq, state.seq
+        return seen_seq != before
+
+    return has_changed
 
 
 def _captured_shards(collection: Collection, lock: threading.Lock, counter: _Counter) -> Iterator[Any]:

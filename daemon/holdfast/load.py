@@ -13,11 +13,15 @@ import orjson
 from holdfast import record
 from holdfast.clock import parse_ms
 from holdfast.core.collection import Collection
-from holdfast.core.decide import RECORD_ID_FIELD, USER_ID_FIELD, Rules, due_ms
+from holdfast.core.decide import RECORD_ID_FIELD, USER_ID_FIELD, due_ms
 from holdfast.core.retries import RetryLine
+from holdfast.core.rules import Rules
 from holdfast.core.state import (
     COMPLETED_ORDERS,
     COUNTED,
+    EXTERNAL_TTL_MS,
+    EXTERNALS,
+    HOLDS,
     KEY_TTL_MS,
     KEYS,
     LEASES,
@@ -53,6 +57,20 @@ class _Key(msgspec.Struct):
     version: int
     generation: int | None
     expires_at: str | None
+    numbers: list[int] | None = None
+
+
+class _External(msgspec.Struct):
+    id: str
+    number: int
+    seq: int
+    at: int
+
+
+class _Hold(msgspec.Struct):
+    id: str
+    reason: str | None
+    at: str
 
 
 class _Mark(msgspec.Struct):
@@ -60,10 +78,17 @@ class _Mark(msgspec.Struct):
     completed: bool
 
 
-_BOOKKEEPING: dict[str, type[msgspec.Struct]] = {LEASES: _Lease, KEYS: _Key, RETRIES: RetryLine, COUNTED: _Mark}
+_BOOKKEEPING: dict[str, type[msgspec.Struct]] = {
+    LEASES: _Lease,
+    KEYS: _Key,
+    RETRIES: RetryLine,
+    COUNTED: _Mark,
+    HOLDS: _Hold,
+    EXTERNALS: _External,
+}
 """What the records of our own collections hold; nobody else checks them when they are used."""
 
-_SCHEDULED = (LEASES, KEYS)
+_SCHEDULED = (LEASES, KEYS, EXTERNALS)
 """Of our own collections those whose records are of use for some time only."""
 
 
@@ -182,14 +207,16 @@ def load_foreign(
 
 
 def forgotten_ms(collection: str, line: bytes) -> int:
-    """When the lease or idempotency key in *line* is of no use any more, ms since 1970."""
+    """When the lease, idempotency key or external id in *line* is of no use any more, ms since 1970."""
     kept = orjson.loads(line)
-    return int(kept["until"]) if collection == LEASES else int(kept["at"]) + KEY_TTL_MS
+    if collection == LEASES:
+        return int(kept["until"])
+    return int(kept["at"]) + (KEY_TTL_MS if collection == KEYS else EXTERNAL_TTL_MS)
 
 
 def schedule_bookkeeping(state: State, collection: str, id: str, line: bytes) -> None:
-    """Have the lease or key *id* forgotten in its time."""
-    wheel = state.lease_wheel if collection == LEASES else state.key_wheel
+    """Have the lease, key or external id *id* forgotten in its time."""
+    wheel = {LEASES: state.lease_wheel, KEYS: state.key_wheel, EXTERNALS: state.external_wheel}[collection]
     wheel.schedule(id, forgotten_ms(collection, line))
 
 

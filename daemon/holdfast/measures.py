@@ -134,7 +134,9 @@ class Gauges(msgspec.Struct, frozen=True):
         flush_every_s: the setting.
         has_flush_failed: the last flush did.
         is_disk_full: writes are refused with ``storage_full``.
-        is_damaged: the start found damage.
+        is_damaged: the start found damage, or the archive lost messages.
+        is_archive_stalled: the archive cannot be written for now.
+        archived_seq: the archive has every event about conversations up to here.
         records: as decided, by collection, in the order in which the collections came into being.
         leases, idempotency_keys: remembered.
         follower_lag: by name, how many durable events each follower has still to take.
@@ -156,6 +158,8 @@ class Gauges(msgspec.Struct, frozen=True):
     has_flush_failed: bool
     is_disk_full: bool
     is_damaged: bool
+    is_archive_stalled: bool
+    archived_seq: int
     records: dict[str, int]
     leases: int
     idempotency_keys: int

@@ -179,6 +179,110 @@ class RecordDelete(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     collection: str
 
 
+Role = Literal["system", "user", "assistant", "tool"]
+Author = Literal["bot", "agent", "customer"]
+Priority = Literal["low", "high"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+    """A line of a conversation, as a caller hands it in. It is never changed afterwards.
+
+    Attributes:
+        role: system, user, assistant, tool.
+        content: its text; empty only where ``metadata`` holds ``tool_calls`` or ``attachments``.
+        tokens_used: what it cost; None where nobody counted.
+        author: bot, agent, customer; None means customer for a user, bot for an assistant.
+        metadata: anything else, such as ``channel``, ``external_id``, ``tool_calls``, ``tool_call_id``, ``attachments``
+            (by reference). A second message with the channel and external id of one that the conversation has is that
+            one, delivered twice.
+        channel, external_id: short for the two in ``metadata``.
+        created_at: ISO 8601; None means now.
+    """
+
+    role: Role
+    content: str = ""
+    tokens_used: int | None = None
+    author: Author | None = None
+    metadata: dict[str, Any] | None = None
+    channel: str | None = None
+    external_id: str | None = None
+    created_at: str | None = None
+
+
+class MessageAppend(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="message.append"):
+    """Append to the conversation *id*, which comes into being with its first message: one message, given by its fields,
+    or several as ``messages``.
+
+    Attributes:
+        messages: each as it would be given alone; then no field of a single one may be.
+        user_id, session_id: whose conversation it is; kept once given.
+    """
+
+    role: Role | None = None
+    content: str = ""
+    tokens_used: int | None = None
+    author: Author | None = None
+    metadata: dict[str, Any] | None = None
+    channel: str | None = None
+    external_id: str | None = None
+    created_at: str | None = None
+    messages: list[Message] | None = None
+    user_id: str | None = None
+    session_id: str | None = None
+
+
+class ConversationPut(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="conversation.put"):
+    """Say something about a conversation: its ``title``, ``user_id``, ``session_id``, ``escalated``, ``created_at``,
+    ``updated_at``, or fields of the caller's own.
+
+    Fields that are not given stay as they are, null removes. What Holdfast keeps itself (``message_count``,
+    ``tokens_used``, ``archived``, …) is ignored, so that what was read can be put back; messages are appended instead.
+    """
+
+    value: dict[str, Any]
+
+
+class ConversationDelete(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="conversation.delete"):
+    """Remove the conversation with its messages and its escalation. Refused under a legal hold."""
+
+
+class ConversationArchive(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="conversation.archive"):
+    """Move the conversation out of the active set, or with *archived* false back into it. A new message brings it back."""
+
+    archived: bool = True
+
+
+class ConversationHold(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="conversation.hold"):
+    """Put the conversation under a legal hold, or with *hold* false lift it. Nothing of it is deleted meanwhile."""
+
+    hold: bool = True
+    reason: str | None = None
+
+
+class PersonHold(Op, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="person.hold"):
+    """Put everything of a person, a phone or user id, under a legal hold, or with *hold* false lift it."""
+
+    id: str
+    hold: bool = True
+    reason: str | None = None
+
+
+class EscalationOpen(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="escalation.open"):
+    """Have the customer of the conversation *id* wait for a human. A second call updates the escalation that is open.
+
+    Attributes:
+        reason: why, for whoever takes it.
+        contact_info: how the customer is reached.
+        priority: low, high.
+        opened_at: ISO 8601; None means now.
+    """
+
+    reason: str
+    contact_info: dict[str, Any] | None = None
+    priority: Priority = "low"
+    opened_at: str | None = None
+
+
 AnyOp = (
     SessionPut
     | SessionPatch
@@ -199,8 +303,31 @@ AnyOp = (
     | RecordPut
     | RecordPatch
     | RecordDelete
+    | MessageAppend
+    | ConversationPut
+    | ConversationDelete
+    | ConversationArchive
+    | ConversationHold
+    | PersonHold
+    | EscalationOpen
 )
 """Every op a client may send."""
+
+
+class MessageExpire(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="message.expire"):
+    """Remove the oldest messages of a conversation for good. Only retention asks for it, which has counted them.
+
+    Attributes:
+        before_ms: those created before this, ms since 1970 …
+        up_to: … and with this number or a lower one.
+        messages, system, tokens: how many these are, how many of them of the system, and their tokens.
+    """
+
+    before_ms: int
+    up_to: int
+    messages: int
+    system: int
+    tokens: int
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -235,6 +362,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=F
         version: the record's version after the op; 0 when there is none (deleted, lease, stats).
         generation: the fencing generation of a lease.
         expires_at: when a lease ends, ISO 8601.
+        numbers: of the messages of ``message.append``, in their order; one that was there before has its old number.
     """
 
     status: int
@@ -243,6 +371,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=F
     version: int = 0
     generation: int | None = None
     expires_at: str | None = None
+    numbers: list[int] | None = None
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -269,6 +398,18 @@ class Page(msgspec.Struct, frozen=True):
 
     items: list[Record]
     next: str | None
+
+
+class Window(msgspec.Struct, frozen=True):
+    """The newest messages of a conversation that fit into a language model's context, oldest first.
+
+    Attributes:
+        items: one for each; its id is the message's number, its value the message.
+        tokens_used: what they take together, estimated for those whose tokens nobody counted.
+    """
+
+    items: list[Record]
+    tokens_used: int
 
 
 class FlushReport(msgspec.Struct, frozen=True):

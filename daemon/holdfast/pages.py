@@ -12,7 +12,8 @@ import orjson
 
 from holdfast import record
 from holdfast.core.collection import SHARDS
-from holdfast.core.decide import Rules, activity_ms
+from holdfast.core.decide import activity_ms
+from holdfast.core.rules import Rules
 from holdfast.core.state import COMPLETED_ORDERS, ORDERS, SESSIONS, State
 from holdfast.errors import BadRequest
 from holdfast.ops import Page, Record

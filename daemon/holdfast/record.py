@@ -45,12 +45,14 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
         ttl: a session's own idle time in ms; None means the setting's.
         at: when it was last changed, ms since 1970; absent for sessions, which carry ``lastActivity``.
         counted: the completion of this order is in the sales statistics.
+        born: the event with which this conversation began; its id may have had one before it.
     """
 
     v: Annotated[int, msgspec.Meta(ge=1, le=_VERSION_MAX)] = 1
     ttl: int | None = None
     at: int | None = None
     counted: bool = False
+    born: int = 0
 
 
 _encode_header = msgspec.json.Encoder().encode

@@ -15,11 +15,14 @@ from typing import Any
 import msgspec
 import structlog
 
+from holdfast.archive.place import DataDirectoryPlace
+from holdfast.care.legacy import import_old_files
 from holdfast.checksum import crc32
 from holdfast.clock import Clock, format_ms, parse_ms
 from holdfast.core.collection import Collection
-from holdfast.core.decide import Rules, decide_expiry
+from holdfast.core.decide import decide_expiry
 from holdfast.core.event import decode_event
+from holdfast.core.rules import Rules
 from holdfast.core.sales import decode_sales, oldest_day
 from holdfast.core.state import BUILT_IN, EVENT_OPS, RETRIES, SESSIONS, USERS, State, apply, is_custom_name
 from holdfast.disk.files import Directory, DirectoryLock, prepare_directory
@@ -81,13 +84,20 @@ def open_engine(
                 progress or (lambda text: None),
                 log if log is not None else _library_log(),
             )
-            return recovery.run(lock)
+            engine = recovery.run(lock)
         except BaseException:
             directory.close()
             raise
     except BaseException:
         lock.release()
         raise
+    # Lock and directory are the engine's now.
+    try:
+        recovery.complete(engine)
+    except BaseException:
+        engine.close(flush=False)
+        raise
+    return engine
 
 
 def _library_log() -> Any:
@@ -124,6 +134,10 @@ class _Recovery:
         self._now_ms = clock.now_ms()
         self._rules: Rules = rules_of(settings, {})
         self._state = State(self._rules.session_ttl_ms)
+        if settings.mirror:
+            self._state.backlog.touched = {}
+        self._archive_place = DataDirectoryPlace(settings.data_dir, self._now_stamp)
+        self._replayed = self._dropped = 0
         self._manifest = Manifest()
         self._has_manifest = False
         self._alternative: Manifest | None = None
@@ -145,14 +159,16 @@ class _Recovery:
         self._load_snapshots()
         journal_directory = self._directory.subdirectory("journal")
         history = self._read_history(journal_directory)
-        replayed = self._replay(history)
-        dropped = self._drop_stale()
+        self._replayed = self._replay(history)
+        self._dropped = self._drop_stale()
         self._check_cancelled()
         if self._damages and self._settings.recovery == "strict":
             raise DataRefused(
                 f"{self._directory.path} is damaged: {'; '.join(self._damages)}. "
                 'Restore a backup, or start with recovery = "available" to go on with what is left'
             )
+
+        self._archive_place.check()
 
         # From here on the disk is changed.
         self._directory.remove_stale_temporaries()
@@ -175,7 +191,7 @@ class _Recovery:
             name: (found.st_size, found.st_mtime_ns) for name in self._replaced if (found := self._directory.stat(name))
         }
         flusher = Flusher(self._directory, journal, manifest, loaded, self._clock, self._log)
-        engine = Engine(
+        return Engine(
             self._settings,
             self._state,
             journal,
@@ -186,15 +202,22 @@ class _Recovery:
             degraded=self._damages,
             reserved_names=self._ignored,
         )
+
+    def complete(self, engine: Engine) -> None:
+        """Start what follows *engine*, and take over what an old bot left; errors as ``open_engine``."""
+        engine.start_archive(self._archive_place)
+        if self._settings.mirror:
+            trusted_seq = self._manifest.snapshot_seq
+            engine.start_mirror(trusted_seq=None if self._damages else trusted_seq, stamp=self._now_stamp)
         self._log.info(
             "state.loaded",
             sessions=self._state.sessions.count,
             orders=self._state.orders.count,
             users=self._state.users.count,
-            dropped_stale=dropped,
+            dropped_stale=self._dropped,
             skipped_invalid=self._counts.skipped_invalid,
             merged=self._counts.merged,
-            replayed=replayed,
+            replayed=self._replayed,
             duration_ms=round((self._clock.monotonic() - self._started) * 1000, 1),
         )
         if self._damages:
@@ -203,7 +226,17 @@ class _Recovery:
                 engine.flush("recovery")
             except (HoldfastError, OSError):
                 pass  # logged by the flush; the evidence is kept, and the next flush tries again
-        return engine
+        reason = import_old_files(
+            engine,
+            self._directory,
+            self._rules,
+            stamp=self._stamp(),
+            cancelled=self._cancelled,
+            progress=self._progress,
+            log=self._log,
+        )
+        if reason is not None:
+            self._damages.append(f"old conversations could not be taken over, the next start tries again: {reason}")
 
     # Snapshots.
 
@@ -407,6 +440,7 @@ class _Recovery:
     def _replay(self, history: History) -> int:
         snapshot_seq = self._manifest.snapshot_seq
         self._state.seq = snapshot_seq
+        self._state.backlog.since = self._state.backlog.last_seq = snapshot_seq
         text, at_ms = "", 0
         replayed = 0
         for seq, payload in history.lines:
@@ -529,6 +563,9 @@ class _Recovery:
     def _ignore(self, file: str, name: str, reason: str) -> None:
         self._ignored[name] = reason
         self._log.info("file.ignored", file=file, reason=reason)
+
+    def _now_stamp(self) -> str:
+        return format_ms(self._clock.now_ms()).replace(":", "")
 
     def _stamp(self) -> str:
         return format_ms(self._now_ms).replace(":", "")

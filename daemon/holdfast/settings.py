@@ -390,14 +390,14 @@ class RetentionSettings(msgspec.Struct, frozen=True, kw_only=True):
     archive_after: Annotated[
         float,
         Span(
-            "Not used by this version: a conversation without a message for this long is archived.",
+            "A conversation without a message for this long is archived; a new message brings it back.",
             low=DAY,
             high=10 * DECADE,
         ),
     ] = 90 * DAY
     delete_after: Annotated[
         float,
-        Span("Not used by this version: messages older than this are deleted for good.", low=DAY, high=10 * DECADE),
+        Span("Messages older than this are deleted for good, but for those under a legal hold.", low=DAY, high=10 * DECADE),
     ] = 365 * DAY
 
 
@@ -425,6 +425,10 @@ class LimitSettings(msgspec.Struct, frozen=True, kw_only=True):
         int, Size("A longer request body is refused with too_large; each may be held in memory.", low=KIB, high=GIB)
     ] = 10 * MIB
     record_bytes: Annotated[int, Size("A larger record is refused with too_large.", low=KIB, high=64 * MIB)] = MIB
+    message_bytes: Annotated[
+        int,
+        Size("A message with longer content, or metadata, is refused with too_large.", low=KIB, high=64 * MIB),
+    ] = 256 * KIB
     depth: Annotated[int, Count("JSON nested deeper is refused with invalid_record.", low=1, high=200)] = 128
     keys: Annotated[
         int, Count("A record with more keys, counted at all depths, is refused.", low=1, high=1_000_000)
@@ -520,7 +524,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Span("The whole of a stop; keep it below TimeoutStopSec of systemd.", low=1, high=HOUR),
     ] = 25.0
     mirror: Annotated[
-        bool, Flag("Not used by this version: also write each conversation as a readable JSON file.", True)
+        bool,
+        Flag("Also write each conversation as a readable JSON file, at each flush; costs a file and a sync for each.", True),
     ] = False
     recovery: Annotated[
         Literal["available", "strict"],

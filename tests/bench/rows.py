@@ -33,6 +33,8 @@ STALL_MAX_S = 0.002
 STOP_GRACE_S = 0.5
 REPEATS = 7
 FEW = 100
+MESSAGES = 10_000
+TURNS = 500
 PACED_OPS_S = 2_000
 PACED_S = 5.0
 
@@ -346,8 +348,51 @@ def dialogues(bench: Bench) -> Iterator[Result]:
     yield from note.results
 
 
+def row_10(bench: Bench) -> Iterator[Result]:
+    """Appending to a long conversation and reading its end, beside a short one."""
+    costs: dict[str, list[tuple[int, float]]] = {"append": [], "window": []}
+    for size in (MESSAGES // 100, MESSAGES // 10, MESSAGES):
+        took = run_task("conversation_costs", directory=str(bench.place("row10")), size=size, rounds=400)
+        for name, what, goal in (
+            ("append", "durable message.append on a conversation", 1.1),
+            ("window", "window(20) on a conversation", 1.2),
+        ):
+            ours, peer = took[name], took[f"{name}_10"]
+            costs[name].append((size, ours))
+            yield Result(
+                10,
+                f"{what} of {size:,} messages",
+                seconds(ours),
+                f"of 10: {seconds(peer)}",
+                ours / peer,
+                goal if size == MESSAGES else None,
+                False,
+                note="a conversation of 10 has only 10 to show" if name == "window" else "",
+            )
+    for name, points in costs.items():
+        yield from growth(10, f"time of {name}", points, 0)
+
+
+def row_11(bench: Bench) -> Iterator[Result]:
+    """What 500 turns take on the disk once the daemon has stopped."""
+    arguments = {"dialogues": str(bench.dialogues), "turns": TURNS}
+    found = run_task("conversation_bytes", directory=str(bench.place("row11")), **arguments)
+    note = f"the journal's history of {found['kept'] / 1024:.0f} KiB, which journal_keep bounds, comes on top"
+    yield Result(
+        11,
+        f"bytes on disk for {TURNS} turns, all files",
+        f"{found['bytes'] / 1024:.0f} KiB",
+        f"the turns: {found['own'] / 1024:.0f} KiB",
+        found["bytes"] / found["own"],
+        3,
+        False,
+        note=note,
+    )
+
+
 def row_12(bench: Bench) -> Iterator[Result]:
     """The first page of a list."""
+    yield from conversation_pages(bench)
     few = bench.place("row12")
     run_task("holdfast_fill", directory=str(few), count=FEW)
     base = run_task("holdfast_page", directory=str(few), size=FEW, rounds=2_000)["seconds"]
@@ -361,8 +406,40 @@ def row_12(bench: Bench) -> Iterator[Result]:
     yield from growth(12, "time of a first page", costs, 0)
 
 
+def conversation_pages(bench: Bench) -> Iterator[Result]:
+    """The first page of a list of conversations, of all and of one user."""
+    costs: dict[str, list[tuple[int, float]]] = {"all": [], "user": []}
+    for size in (FEW, *(size // 10 for size in bench.sizes)):
+        path = bench.place("row12-conversations")
+        run_task("fill_conversations", directory=str(path), count=max(size, FEW))
+        took = run_task("conversation_page", directory=str(path), size=max(size, FEW), rounds=400)
+        for name, what in (("all", "conversations"), ("user", "conversations, one user's")):
+            costs[name].append((size, took[name]))
+            base = costs[name][0][1]
+            if size > FEW:
+                peer = f"of {FEW}: {seconds(base)}"
+                goal = at_full(2, size * 10)
+                yield Result(
+                    12,
+                    f"first page of the list of {size:,} {what}",
+                    seconds(took[name]),
+                    peer,
+                    took[name] / base,
+                    goal,
+                    False,
+                )
+    for name, points in costs.items():
+        yield from growth(12, f"time of a first page of conversations, {name}", points, 0)
+
+
 def row_16(bench: Bench) -> Iterator[Result]:
-    """Latency of single durable puts while everything is flushed."""
+    """Latency of single durable puts while everything is flushed.
+
+    One client sends PACED_OPS_S puts a second, each when it is due, whether or not those before it are answered; the delay
+    runs from that moment to the answer, so that what waits behind a stall counts in full. Three times in turn, PACED_S
+    without and PACED_S with flushes, 0.2 s after each other and each of all sessions; compared are the medians of the
+    three p99. In the goal a backup and a search run as well; until they exist it is the flush alone.
+    """
     what = f"p99 of durable puts at {PACED_OPS_S:,}/s during flushes of {bench.size:,} sessions"
     path = bench.place("row16")
     shutil.copytree(bench.holdfast_filled(bench.size)[0], path)
@@ -461,6 +538,8 @@ ROWS: dict[int, Callable[[Bench], Iterator[Result]]] = {
     7: row_7,
     8: row_8,
     9: row_9,
+    10: row_10,
+    11: row_11,
     12: row_12,
     14: row_14,
     15: row_15,

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from holdfast.settings import Settings
 from tests.bench.measure import rss_bytes
 from tests.bench.record import SEED, id_of, session_of
 from tests.replay import ops_of, picture_after, read_dialogues
+
+APPEND_AT_ONCE = 500
 
 PIPELINE = 100
 IDS = 10_000
@@ -358,6 +361,81 @@ def holdfast_page(directory: str, size: int, rounds: int) -> dict[str, float]:
             took.append(time.perf_counter() - started)
         assert len(page.items) == min(size, 100)
         return {"seconds": sorted(took)[rounds // 2]}
+
+
+# Rows 10 to 12, conversations.
+
+
+def conversation_costs(directory: str, size: int, rounds: int) -> dict[str, float]:
+    """Median seconds of a durable ``append`` and of a ``window(20)`` on a conversation of *size* messages and on one of 10.
+
+    The two in turn, since the disk is never the same for long; each short one gets two messages and is followed by another.
+    """
+    with holdfast.open(directory) as hf:
+        for first in range(0, size, APPEND_AT_ONCE):
+            count = min(APPEND_AT_ONCE, size - first)
+            hf.conversations.append("long", messages=[message_of(first + number) for number in range(count)])
+        for number in range(rounds // 2 + 1):
+            hf.conversations.append(f"short{number}", messages=[message_of(one) for one in range(9)])
+        hf.conversations.window("long", messages=1)
+        took: dict[str, list[float]] = {name: [] for name in ("append", "append_10", "window", "window_10")}
+
+        def timed(name: str, work: Callable[[], Any]) -> None:
+            started = time.perf_counter()
+            work()
+            took[name].append(time.perf_counter() - started)
+
+        for number in range(rounds):
+            for id, suffix in (("long", ""), (f"short{number // 2}", "_10")):
+                timed("append" + suffix, partial(hf.conversations.append, id, "user", "Hola, ¿cuánto cuesta?"))
+            # The archive is up to date for both.
+            hf.conversations.window("long", messages=1)
+            for id, suffix in (("long", ""), (f"short{number // 2}", "_10")):
+                timed("window" + suffix, partial(hf.conversations.window, id, messages=20))
+        return {name: sorted(all_of_it)[len(all_of_it) // 2] for name, all_of_it in took.items()}
+
+
+def message_of(number: int) -> dict[str, Any]:
+    """One of a conversation in which the two sides speak in turn."""
+    role = "assistant" if number % 2 else "user"
+    return {"role": role, "content": f"This is message {number} of a conversation about a music USB of 64 GB."}
+
+
+def conversation_bytes(directory: str, dialogues: str, turns: int) -> dict[str, float]:
+    """Bytes on the disk for *turns* of recorded dialogues in one conversation, appended one by one, and their own bytes."""
+    said = [turn for dialogue in read_dialogues(Path(dialogues)) for turn in dialogue["turns"]]
+    own = 0
+    with holdfast.open(directory) as hf, hf.pipeline():
+        for number in range(turns):
+            role, text = said[number % len(said)]
+            own += len(text.encode())
+            hf.conversations.append("c", role, text)
+    sizes = {path: path.stat().st_size for path in Path(directory).rglob("*") if path.is_file()}
+    kept = sum(size for path, size in sizes.items() if "kept" in path.parts)
+    return {"own": own, "bytes": sum(sizes.values()) - kept, "kept": kept}
+
+
+def fill_conversations(directory: str, count: int) -> dict[str, float]:
+    """*count* conversations with two messages each."""
+    with holdfast.open(directory) as hf, hf.pipeline():
+        for number in range(count):
+            messages = [message_of(0), message_of(1)]
+            hf.conversations.append(f"c{number}", messages=messages, user_id=f"u{number % (count // 50)}")
+    return {}
+
+
+def conversation_page(directory: str, size: int, rounds: int) -> dict[str, float]:
+    """Seconds of the first page of a list of *size* conversations: of all, and of one user."""
+    with holdfast.open(directory) as hf:
+        assert len(hf.conversations) == size
+        took: dict[str, list[float]] = {"all": [], "user": []}
+        for _ in range(rounds):
+            for name, filters in (("all", {}), ("user", {"user_id": "u1"})):
+                started = time.perf_counter()
+                page = hf.conversations.page(**filters)
+                took[name].append(time.perf_counter() - started)
+                assert len(page.items) == (50 if filters else 100)
+        return {name: sorted(all_of_it)[rounds // 2] for name, all_of_it in took.items()}
 
 
 # Row 16.

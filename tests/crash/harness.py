@@ -26,7 +26,23 @@ from holdfast.errors import Gone
 from holdfast.ops import AnyOp, Batch, OrderComplete, SessionPut
 from holdfast.recovery import open_engine
 from holdfast.settings import Settings
-from tests.crash.oracle import READ_COLLECTIONS, Change, Found, Ledger, Place, Stored, differences, found_in, found_of
+from tests.crash.oracle import (
+    CONVERSATIONS,
+    ESCALATIONS,
+    READ_COLLECTIONS,
+    Change,
+    Found,
+    Ledger,
+    Listed,
+    Place,
+    Stored,
+    contradictions,
+    differences,
+    found_in,
+    found_of,
+    whole_conversation,
+    whole_escalation,
+)
 
 FULL = os.environ.get("HOLDFAST_CRASH") == "full"
 """Whether the long forms run (``make crash``)."""
@@ -269,9 +285,42 @@ class Client:
                 if page["next"] is None:
                     break
                 cursor = f"&cursor={page['next']}"
+        listed, waiting = self._all("conversations"), self._all("escalations")
+        heads: Listed = {}
+        for id in listed:
+            version, value = self._one(f"conversations/{id}")
+            records[CONVERSATIONS, id] = (version, whole_conversation(value))
+            heads[id] = self._one(f"conversations/{id}?messages=false")
+        escalations = {id: self._one(f"escalations/{id}") for id in waiting}
+        for id, (version, value) in escalations.items():
+            records[ESCALATIONS, id] = (version, whole_escalation(value))
         status, sales = self.ask("GET", "/v1/stats/sales")
         assert status == 200, sales
-        return found_of(records, sales)
+        status, body = self.ask("GET", "/v1/stats/storage")
+        assert status == 200, body
+        counted = json.loads(body)
+        counted["conversations"] = counted["total"]
+        return found_of(records, sales, contradictions(heads, listed, escalations, waiting, counted))
+
+    def _all(self, kind: str) -> Listed:
+        """Everything in a list that the archive makes."""
+        found: Listed = {}
+        cursor = ""
+        while True:
+            status, body = self.ask("GET", f"/v1/{kind}?limit=1000{cursor}")
+            assert status == 200, body
+            page = json.loads(body)
+            found |= {item["id"]: (item["version"], item["value"]) for item in page["items"]}
+            if page["next"] is None:
+                return found
+            cursor = f"&cursor={page['next']}"
+
+    def _one(self, path: str) -> Stored:
+        self._connection.request("GET", f"/v1/{path}")
+        response = self._connection.getresponse()
+        body = response.read()
+        assert response.status == 200, body
+        return int((response.headers["ETag"] or "").strip('"')), json.loads(body)
 
     def close(self) -> None:
         self._connection.close()

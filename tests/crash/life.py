@@ -2,10 +2,11 @@
 
     python -m tests.crash.life DATA_DIR ACKNOWLEDGED [--wait] [--after N]
 
-Every step is the same in each run, so whoever knows how many were acknowledged knows what must be there. One byte goes
-to ACKNOWLEDGED, which is outside of DATA_DIR, after each acknowledged change. With ``--wait`` it tells the id of its
-journal thread on stdout and waits for a line on stdin before it lives. With ``--after`` it goes on with a life of which
-*N* steps are done.
+Every step is the same in each run, so whoever knows how many were acknowledged knows what must be there; and what was
+changed about a conversation is read at once, so that the archive's thread does the same in each run as well. One byte
+goes to ACKNOWLEDGED, which is outside of DATA_DIR, after each acknowledged change. With ``--wait`` it tells the ids of
+its journal thread and its archive thread on stdout, and waits for a line on stdin before it lives. With ``--after`` it
+goes on with a life of which *N* steps are done.
 
 Ends with 0 when it could go to its end, with 1 when the journal broke or the directory could not be opened or closed.
 """
@@ -16,32 +17,47 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
+from holdfast.archive.base import Archive, ArchiveDamaged
 from holdfast.engine import Engine
-from holdfast.errors import HoldfastError, JournalBroken, StorageFull
-from tests.crash.harness import do, reopened
-from tests.crash.oracle import Ledger
+from holdfast.errors import HoldfastError, JournalBroken, StorageFull, Unavailable
+from tests.crash.harness import Recorder, do, reopened
+from tests.crash.oracle import CONVERSATIONS, Change, Ledger
 
-SEED = "life"
-STEPS = 24
+SEED = "life 3929"
+"""A life with every kind of change in it."""
+STEPS = 28
 FLUSH_AFTER = (8, 14, 15)
-REOPEN_AFTER = 18
+DAMAGE_AFTER = 11
+"""The archive is called damaged, so that it is made anew while everything goes on."""
+REOPEN_AFTER = 20
 
 JOURNAL_KEEP = 2_000
 """Some segments are kept behind a flush, and some of those make room for later ones."""
 
 
+class Complaints(Recorder):
+    """Says on stderr what the archive could not do."""
+
+    def error(self, event: str, **fields: Any) -> None:
+        self.info(event, **fields)
+        if event in ("archive.stalled", "archive.failed"):
+            failed("archive", fields["reason"])
+
+
 def main() -> int:
     data_dir, acknowledged = Path(sys.argv[1]), os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    done = int(sys.argv[sys.argv.index("--after") + 1]) if "--after" in sys.argv else 0
     try:
-        engine = reopened(data_dir, journal_keep=JOURNAL_KEEP)
+        engine = opened(data_dir)
     except OSError as error:
         return failed("open", error)
     if "--wait" in sys.argv:
-        journal = next(thread for thread in threading.enumerate() if thread.name == "holdfast-journal")
-        os.write(1, b"%d\n" % (journal.native_id or 0))
+        read(engine)
+        threads = {thread.name: thread.native_id for thread in threading.enumerate()}
+        os.write(1, b"%d %d\n" % (threads["holdfast-journal"] or 0, threads["holdfast-archive"] or 0))
         os.read(0, 1)
-    done = int(sys.argv[sys.argv.index("--after") + 1]) if "--after" in sys.argv else 0
     ledger = ledger_after(done)
     for step in range(done + 1, STEPS + 1):
         change = ledger.propose()
@@ -53,12 +69,16 @@ def main() -> int:
             return failed("write", error)
         ledger.acknowledge()
         os.write(acknowledged, b".")
+        if is_about_conversations(change):
+            read(engine)
         if step in FLUSH_AFTER:
             flush(engine)
+        if step == DAMAGE_AFTER:
+            damage(engine)
         if step == REOPEN_AFTER and "--wait" not in sys.argv:
             try:
                 engine.close()
-                engine = reopened(data_dir, journal_keep=JOURNAL_KEEP)
+                engine = opened(data_dir)
             except (HoldfastError, OSError) as error:
                 return failed("reopen", error)
     try:
@@ -66,6 +86,38 @@ def main() -> int:
     except (HoldfastError, OSError) as error:
         return failed("close", error)
     return 0
+
+
+def opened(data_dir: Path) -> Engine:
+    return reopened(data_dir, Complaints(), journal_keep=JOURNAL_KEEP)
+
+
+def is_about_conversations(change: Change) -> bool:
+    """Whether the archive has something to do for it."""
+    return any(collection == CONVERSATIONS for collection, _ in change.records)
+
+
+def read(engine: Engine) -> None:
+    """Wait until the archive has everything that was acknowledged."""
+    try:
+        engine.transcripts.figures()
+    except Unavailable as error:
+        failed("read", error)
+
+
+def damage(engine: Engine) -> None:
+    """Find that the archive cannot be read, and wait until it can be again."""
+    asked: list[Archive] = []
+
+    def ask(archive: Archive) -> None:
+        asked.append(archive)
+        if len(asked) == 1:
+            raise ArchiveDamaged("as the script has it")
+
+    try:
+        engine.transcripts.read(ask)
+    except Unavailable as error:
+        failed("read", error)
 
 
 def ledger_after(steps: int) -> Ledger:
@@ -84,7 +136,7 @@ def flush(engine: Engine) -> None:
         failed("flush", error)
 
 
-def failed(what: str, error: Exception) -> int:
+def failed(what: str, error: Exception | str) -> int:
     os.write(2, f"{what}: {error}\n".encode())
     return 1
 

@@ -28,7 +28,7 @@ class Place(NamedTuple):
     """One system call of a life.
 
     Attributes:
-        thread: ``main`` opens, flushes and closes; ``journal`` writes and syncs events.
+        thread: ``main`` opens, flushes and closes; ``journal`` writes and syncs events; ``archive`` follows them.
         call: its name.
         number: counted from 1 among the calls of this name in this thread.
         path: what it is about; of a rename the new name.
@@ -50,40 +50,50 @@ class Lived(NamedTuple):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> list[Place]:
-    """Every changing call of an undisturbed life, those of the journal thread after those of the main one."""
+    """Every changing call of an undisturbed life: those of the main thread, of the journal's and of the archive's."""
     base = tmp_path_factory.mktemp("record")
-    trace = base / "trace"
-    command = [*_life(base / "data", base / "acknowledged")]
     known = [call for call in CHANGING if _is_known(call)]
-    subprocess.run(
-        ["strace", "-f", "-y", "-o", str(trace), "-e", f"trace={','.join(known)}", *command],
-        check=True,
-        cwd=ROOT,
-        env=clean_environ(),
-        timeout=LIFE_S,
-    )
-    counts: Counter[tuple[str, str]] = Counter()
-    found: list[Place] = []
-    main = ""
-    for line in trace.read_text(errors="replace").splitlines():
-        match = re.match(r"(\d+) +(\w+)\((.*)", line)
-        if match is None:
-            continue
-        main = main or match[1]
-        thread = "main" if match[1] == main else f"journal {match[1]}"
-        counts[thread, match[2]] += 1
-        names = re.findall(r'"([^"]*)"' if match[2].startswith("rename") else r"<([^>]*)>", match[3])
-        found.append(Place(thread, match[2], counts[thread, match[2]], names[-1] if names else ""))
-    # The life that can be attached to has one journal thread, the first.
-    journal = next(place.thread for place in found if place.thread != "main")
-    return [place for place in found if place.thread == "main"] + [
-        place._replace(thread="journal") for place in found if place.thread == journal
+    lines: dict[bool, list[str]] = {}
+    for waits in (False, True):
+        trace, data_dir = base / f"trace{waits}", base / f"data{waits}"
+        subprocess.run(
+            ["strace", "-f", "-y", "-o", str(trace), "-e", f"trace={','.join(known)}",
+             *_life(data_dir, base / "acknowledged", *(["--wait"] if waits else []))],
+            check=True,
+            cwd=ROOT,
+            env=clean_environ(),
+            input=b"\n",
+            stdout=subprocess.DEVNULL,
+            timeout=LIFE_S,
+        )  # fmt: skip
+        lines[waits] = trace.read_text(errors="replace").splitlines()
+    # Threads are attached to when all is open, so what they do before is not among their places.
+    told = next(number for number, line in enumerate(lines[True]) if re.match(r"\d+ +write\(1<", line))
+    threads = re.findall(r"\d+", lines[True][told].partition('"')[2])
+    return [
+        *_places_of("main", lines[False][0].split()[0], lines[False]),
+        *_places_of("journal", threads[0], lines[True][told:]),
+        *_places_of("archive", threads[1], lines[True][told:]),
     ]
+
+
+def _places_of(name: str, thread: str, lines: list[str]) -> list[Place]:
+    """The places in the part of a trace that is about the thread with this id."""
+    counts: Counter[str] = Counter()
+    found: list[Place] = []
+    for line in lines:
+        match = re.match(r"(\d+) +(\w+)\((.*)", line)
+        if match is not None and match[1] == thread:
+            counts[match[2]] += 1
+            is_named = match[2].startswith("rename") or match[2] == "unlink"
+            paths = re.findall(r'"([^"]*)"' if is_named else r"<([^>]*)>", match[3])
+            found.append(Place(name, match[2], counts[match[2]], paths[-1] if paths else ""))
+    return found
 
 
 def test_kill_at_every_call(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed before any changing call of its life, it comes back by itself with every acknowledged op exactly once."""
-    chosen = _spread(places, 18)
+    chosen = [place for thread in ("main", "journal", "archive") for place in _spread(_of(thread, places), 9)]
     wrong = []
     for place in chosen:
         data_dir = tmp_path / "data"
@@ -94,12 +104,16 @@ def test_kill_at_every_call(places: list[Place], tmp_path: Path, capsys: pytest.
         shutil.rmtree(data_dir)
 
     assert not wrong, wrong[:5]
-    report(capsys, f"{len(chosen)} of {len(chosen)} calls ({len(places)} in the life): killed there, 0 lost, 0 doubled")
+    report(
+        capsys,
+        f"{len(chosen)} of {len(chosen)} calls ({len(places)} in the life, {len(_of('archive', places))} of the archive's "
+        "thread): killed there, 0 lost, 0 doubled",
+    )
 
 
 def test_two_kills(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed during a flush, and once more on the way back or in the next flush, it still loses and doubles nothing."""
-    renames = [place for place in places if place.call.startswith("rename") and place.thread == "main"]
+    renames = _flush_renames(places)
     chance = random.Random(SEED)
     first = [place for place in renames if "manifest" not in place.path]
     pairs = [
@@ -174,9 +188,10 @@ def test_a_flush_meets_a_bad_disk(places: list[Place], tmp_path: Path, capsys: p
 
 def test_a_failed_flush_then_a_kill(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A flush that fails half way leaves files that the next one replaces; killed there, nothing is lost either."""
-    renames = [place for place in places if place.thread == "main" and place.call.startswith("rename")]
-    # The first flush: manifest.next, nine files, the manifest.
-    chosen = _spread(renames[1:11], 3)
+    renames = _flush_renames(places)
+    # Those of the first flush that come behind its manifest.next, up to the manifest itself.
+    last = next(number for number, place in enumerate(renames) if place.path == "manifest.json")
+    chosen = _spread(renames[1 : last + 1], 3)
     wrong = []
     for place in chosen:
         data_dir, trace = tmp_path / "data", tmp_path / "trace"
@@ -266,6 +281,7 @@ def _hinder(
     calls = ",".join(one.partition(":")[0] for one in (fault, *more))
     strace = ["strace", "-qq", "-o", str(trace), "-e", f"trace={calls}", *faults]
     if place.thread == "main":
+        # Neither of its threads is traced.
         lived = subprocess.run(
             [*strace, *_life(data_dir, acknowledged, *after)],
             cwd=ROOT,
@@ -276,19 +292,19 @@ def _hinder(
         )
         code, complained = lived.returncode, lived.stderr
     else:
-        code, complained = _hinder_journal(strace, _life(data_dir, acknowledged, "--wait", *after))
+        code, complained = _hinder_thread(place.thread, strace, _life(data_dir, acknowledged, "--wait", *after))
     count = acknowledged.stat().st_size if acknowledged.exists() else 0
     return Lived(code, count, complained.decode(errors="replace"))
 
 
-def _hinder_journal(strace: list[str], command: list[str]) -> tuple[int, bytes]:
+def _hinder_thread(name: str, strace: list[str], command: list[str]) -> tuple[int, bytes]:
     with subprocess.Popen(
         command, cwd=ROOT, env=clean_environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as living:
         assert living.stdout is not None and living.stdin is not None
-        thread = int(living.stdout.readline())
+        thread = dict(zip(("journal", "archive"), living.stdout.readline().split(), strict=True))[name].decode()
         strace = [argument for argument in strace if argument != "-qq"]
-        with subprocess.Popen([*strace, "-p", str(thread)], stderr=subprocess.PIPE) as tracing:
+        with subprocess.Popen([*strace, "-p", thread], stderr=subprocess.PIPE) as tracing:
             assert tracing.stderr is not None
             attached = tracing.stderr.readline()
             assert b"attached" in attached, attached
@@ -302,6 +318,15 @@ def _complaints(data_dir: Path, lived: Lived) -> list[str]:
     if lived.acknowledged < life.STEPS:
         ledger.propose()
     return complaints(data_dir, [ledger])
+
+
+def _of(thread: str, places: list[Place]) -> list[Place]:
+    return [place for place in places if place.thread == thread]
+
+
+def _flush_renames(places: list[Place]) -> list[Place]:
+    """Those that move files of a flush into place."""
+    return [place for place in _of("main", places) if place.call.startswith("rename") and place.path.endswith(".json")]
 
 
 def _spread(places: list[Place], short: int) -> list[Place]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,9 @@ VALUE_BYTES_MAX = 64 << 20
 
 DIGITS_MAX = 18
 """Of versions and generations; more is no number of ours."""
+
+
+_DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
 class Text(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on, ours from 8.1
@@ -66,12 +70,14 @@ class Amount(Text):
 
 
 class Since(Text):
-    """A moment in ISO 8601, left to the daemon to read, or a span before now such as ``2h``."""
+    """A moment in ISO 8601, left to the daemon to read, a day, which begins in its zone, or a span before now such as ``2h``."""
 
     name = "time"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         text = super().convert(value, param, ctx)
+        if _DAY.fullmatch(text):
+            return f"{text}T00:00:00"
         if not text[:1].isdigit() or "-" in text:
             return text
         try:

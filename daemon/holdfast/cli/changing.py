@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import click
+import msgspec
 import orjson
 
 from holdfast.cli.arguments import AMOUNT, GENERATION, HEADER_TEXT, TEXT, VERSION, json_value
@@ -15,6 +16,7 @@ from holdfast.cli.connection import WORK_TIMEOUT_S, Daemon, daemon_options
 from holdfast.cli.kinds import Kind, id_argument
 from holdfast.cli.reading import PAGE_LIMIT, check_collection, count_of, items_of
 from holdfast.cli.show import Progress, examples, json_option, print_json, printable, readable_count
+from holdfast.errors import Unavailable, error_of
 
 BATCH_OPS = 500
 """Records removed by one request."""
@@ -23,6 +25,21 @@ REFUSALS_TOLD = 10
 """Records that ``rm`` could not remove are named up to this many."""
 
 Arguments = dict[str, Any]
+
+
+class _Result(msgspec.Struct, frozen=True):
+    """What became of one op of a batch; *code* and *detail* say why it was refused."""
+
+    status: int
+    seq: int = 0
+    id: str = ""
+    version: int = 0
+    code: str = ""
+    detail: str = ""
+
+
+class _Results(msgspec.Struct, frozen=True):
+    results: list[_Result]
 
 
 _VALUE_HELP = "VALUE is a JSON object, @FILE names a file that holds one, - reads it from stdin."
@@ -61,12 +78,12 @@ def _value_command(kind: Kind, verb: str, purpose: str, *lines: str, done: str) 
     @click.command(verb, help=f"{purpose}\n\n{_VALUE_HELP}", epilog=examples(*lines))
     @id_argument(kind)
     @click.argument("value", metavar="VALUE")
-    @_write_options(kind)
+    @write_options(kind)
     @json_option
     @daemon_options
     def send(daemon: Daemon, id: str, value: str, as_json: bool, **how: Any) -> None:
-        answer = _change(daemon, verb.upper(), kind, id, how, body=json_value(value))
-        _tell(kind, answer, as_json, done)
+        answer = change(daemon, verb.upper(), kind, id, how, body=json_value(value))
+        tell(kind, answer, as_json, done)
 
     return send
 
@@ -90,56 +107,96 @@ def rm_command(kind: Kind) -> click.Command:
     @id_argument(kind, nargs=-1)
     @click.option("--all", "is_all", is_flag=True, help="All there are; asks first.")
     @click.option("--yes", is_flag=True, help="Do not ask.")
-    @_write_options(kind, has_ttl=False)
+    @write_options(kind, has_ttl=False)
     @json_option
     @daemon_options
     def rm(daemon: Daemon, id: tuple[str, ...], is_all: bool, yes: bool, as_json: bool, **how: Any) -> int:
         if is_all == bool(id):
             raise click.UsageError("expected ids, or --all; found " + ("both" if id else "neither"))
-        own = {name: how[name] for name in ("if_version", "lease", "idempotency_key") if how.get(name) is not None}
-        if own and len(id) != 1:
-            raise click.UsageError(f"--{next(iter(own)).replace('_', '-')} goes with one id only")
+        own = fields_of(how, len(id))
         total: int | None = len(id)
         ids: Iterator[str] = iter(id)
         if is_all:
             check_collection(daemon, kind)
             total = count_of(daemon, kind)
-            _confirm(f"remove all {kind.command} ({readable_count(total or 0, 'record')})", yes)
-            ids = (item.id for item in items_of(daemon, kind, {}, PAGE_LIMIT))
-        removed, refused = 0, []
-        with Progress(f"removing {kind.command}", lambda: total) as progress:
-            while some := list(islice(ids, BATCH_OPS)):
-                for one, result in zip(some, _removed(daemon, kind, some, own, how), strict=True):
-                    if result["status"] < 400:
-                        removed += 1
-                    else:
-                        refused.append({"id": one, "code": result["code"], "detail": result["detail"]})
-                progress.advance(len(some))
-        if as_json:
-            print_json({"removed": removed, "refused": refused})
-        else:
-            click.echo(f"removed {readable_count(removed, kind.noun)}")
-        for refusal in refused[:REFUSALS_TOLD]:
-            click.echo(f"holdfast: {printable(refusal['detail'])}", err=True)
-        if len(refused) > REFUSALS_TOLD:
-            click.echo(f"holdfast: {len(refused)} were not removed; --json names them all", err=True)
-        return 1 if refused else 0
+            confirm(f"remove all {kind.command} ({readable_count(total or 0, 'record')})", yes)
+            ids = (item.id for item in items_of(daemon, kind.path, {}, PAGE_LIMIT))
+        ops = (kind.op("delete", {"id": one, **own}) for one in ids)
+        return do_each(daemon, kind, ops, total, how, as_json, doing="removing", done="removed")
 
     return rm
 
 
-def _removed(daemon: Daemon, kind: Kind, ids: list[str], own: Arguments, how: Arguments) -> list[dict[str, Any]]:
-    """The result of removing each of *ids*, in their order."""
-    durability = {"durability": how["durability"]} if how.get("durability") else None
-    ops = [kind.op("delete", {"id": id, **own}) for id in ids]
-    reply = daemon.fetch(
-        "POST", "/v1/batch", query=durability, body=orjson.dumps({"ops": ops}), timeout_s=WORK_TIMEOUT_S
-    )
-    results: list[dict[str, Any]] = reply.fields()["results"]
+def fields_of(how: Arguments, count: int = 1) -> Arguments:
+    """The fields that options of ``write_options`` give to an op, one of *count*.
+
+    Raises:
+        click.UsageError: an option that goes with a single op.
+    """
+    fields = {name: how[name] for name in ("if_version", "lease", "idempotency_key") if how.get(name) is not None}
+    if fields and count != 1:
+        raise click.UsageError(f"--{next(iter(fields)).replace('_', '-')} goes with one id only")
+    return fields
+
+
+def do_each(
+    daemon: Daemon,
+    kind: Kind,
+    ops: Iterator[dict[str, Any]],
+    total: int | None,
+    how: Arguments,
+    as_json: bool,
+    *,
+    doing: str,
+    done: str,
+) -> int:
+    """Do every one of *ops*, of which there are *total*, and tell what came of it; the exit code.
+
+    Each has a record of its own, and one that is refused does not keep the others.
+    """
+    count, refused = 0, []
+    with Progress(f"{doing} {kind.command}", lambda: total) as progress:
+        while some := list(islice(ops, BATCH_OPS)):
+            for op, result in zip(some, _results(daemon, some, how), strict=True):
+                if result.status < 400:
+                    count += 1
+                else:
+                    refused.append({"id": op["id"], "code": result.code, "detail": result.detail})
+            progress.advance(len(some))
+    if as_json:
+        print_json({done: count, "refused": refused})
+    else:
+        click.echo(f"{done} {readable_count(count, kind.noun)}")
+    for refusal in refused[:REFUSALS_TOLD]:
+        click.echo(f"holdfast: {printable(refusal['detail'])}", err=True)
+    if len(refused) > REFUSALS_TOLD:
+        click.echo(f"holdfast: {len(refused)} were not {done}; --json names them all", err=True)
+    return 1 if refused else 0
+
+
+def do_one(daemon: Daemon, op: Arguments, how: Arguments) -> dict[str, Any]:
+    """Do *op*, and what it yielded: ``id``, ``version``, ``seq``.
+
+    Raises:
+        HoldfastError: it was refused.
+    """
+    [result] = _results(daemon, [op | fields_of(how)], how)
+    if result.status >= 400:
+        raise error_of(result.code, result.detail, result.status)
+    return {"id": result.id, "version": result.version, "seq": result.seq}
+
+
+def _results(daemon: Daemon, ops: list[Arguments], how: Arguments) -> list[_Result]:
+    """The result of each of *ops*, in their order."""
+    query = {"durability": how["durability"]} if how.get("durability") else None
+    reply = daemon.fetch("POST", "/v1/batch", query=query, body=orjson.dumps({"ops": ops}), timeout_s=WORK_TIMEOUT_S)
+    results = reply.decoded(_Results).results
+    if len(results) != len(ops):
+        raise Unavailable(f"expected {len(ops)} results from {daemon}, found {len(results)}; it is no Holdfast daemon")
     return results
 
 
-def _confirm(what: str, yes: bool) -> None:
+def confirm(what: str, yes: bool) -> None:
     """Ask before *what*, where there is somebody to ask.
 
     Raises:
@@ -157,12 +214,12 @@ def touch_command(kind: Kind) -> click.Command:
 
     @click.command("touch", epilog=examples("holdfast sessions touch 573001234567 --ttl 2h"))
     @id_argument(kind)
-    @_write_options(kind)
+    @write_options(kind)
     @json_option
     @daemon_options
     def touch(daemon: Daemon, id: str, as_json: bool, **how: Any) -> None:
         """Set the last activity of a session to now."""
-        _tell(kind, _change(daemon, "POST", kind, id, how, "touch"), as_json, "touched")
+        tell(kind, change(daemon, "POST", kind, id, how, "touch"), as_json, "touched")
 
     return touch
 
@@ -182,7 +239,7 @@ def lease_command(kind: Kind) -> click.Command:
     @click.option("--for", "span", type=TEXT, default="30s", show_default=True, metavar="SPAN", help="How long.")
     @click.option("--owner", type=TEXT, metavar="NAME", help="Told to whoever meets the lease.")
     @click.option("--renew", type=GENERATION, metavar="GENERATION", help="Renew this lease.")
-    @_write_options(kind, has_ttl=False, has_condition=False)
+    @write_options(kind, has_ttl=False, has_condition=False)
     @json_option
     @daemon_options
     def lease(
@@ -193,7 +250,7 @@ def lease_command(kind: Kind) -> click.Command:
         Write under it with --lease GENERATION, and give it back with `release`.
         """
         body = {name: value for name, value in (("ttl", span), ("owner", owner), ("generation", renew)) if value}
-        answer = _change(daemon, "POST", kind, id, how, "lease", body=body)
+        answer = change(daemon, "POST", kind, id, how, "lease", body=body)
         if as_json:
             return print_json(answer)
         click.echo(
@@ -209,12 +266,12 @@ def release_command(kind: Kind) -> click.Command:
     @click.command("release", epilog=examples("holdfast sessions release 573001234567 1234"))
     @id_argument(kind)
     @click.argument("generation", type=GENERATION, metavar="GENERATION")
-    @_write_options(kind, has_ttl=False, has_condition=False)
+    @write_options(kind, has_ttl=False, has_condition=False)
     @json_option
     @daemon_options
     def release(daemon: Daemon, id: str, generation: int, as_json: bool, **how: Any) -> None:
         """Give the lease GENERATION of a session back."""
-        answer = _change(daemon, "POST", kind, id, how, "release", body={"generation": generation})
+        answer = change(daemon, "POST", kind, id, how, "release", body={"generation": generation})
         if as_json:
             return print_json(answer)
         click.echo(f"session {answer['id']} is released")
@@ -228,13 +285,13 @@ def complete_command(kind: Kind) -> click.Command:
     @click.command("complete", epilog=examples("holdfast orders complete 1001 --revenue 84900.50"))
     @id_argument(kind)
     @click.option("--revenue", type=AMOUNT, metavar="AMOUNT", help="Counted once, exactly as written.")
-    @_write_options(kind)
+    @write_options(kind)
     @json_option
     @daemon_options
     def complete(daemon: Daemon, id: str, revenue: str | None, as_json: bool, **how: Any) -> None:
         """Complete an order, with its revenue; a repeat counts nothing again."""
         body = None if revenue is None else {"revenue": revenue}
-        _tell(kind, _change(daemon, "POST", kind, id, how, "complete", body=body), as_json, "completed")
+        tell(kind, change(daemon, "POST", kind, id, how, "complete", body=body), as_json, "completed")
 
     return complete
 
@@ -245,13 +302,13 @@ def cancel_command(kind: Kind) -> click.Command:
     @click.command("cancel", epilog=examples("holdfast orders cancel 1001 --reason 'paid twice'"))
     @id_argument(kind)
     @click.option("--reason", type=TEXT, metavar="TEXT", help="Kept in the order.")
-    @_write_options(kind)
+    @write_options(kind)
     @json_option
     @daemon_options
     def cancel(daemon: Daemon, id: str, reason: str | None, as_json: bool, **how: Any) -> None:
         """Cancel a pending order."""
         body = None if reason is None else {"reason": reason}
-        _tell(kind, _change(daemon, "POST", kind, id, how, "cancel", body=body), as_json, "cancelled")
+        tell(kind, change(daemon, "POST", kind, id, how, "cancel", body=body), as_json, "cancelled")
 
     return cancel
 
@@ -259,7 +316,7 @@ def cancel_command(kind: Kind) -> click.Command:
 # What they have in common.
 
 
-def _write_options(kind: Kind, *, has_ttl: bool = True, has_condition: bool = True) -> Callable[..., Any]:
+def write_options(kind: Kind, *, has_ttl: bool = True, has_condition: bool = True) -> Callable[..., Any]:
     """The options that each change takes; the command receives them as ``how``."""
     options = [
         click.option(
@@ -316,7 +373,7 @@ def _headers(how: Arguments) -> dict[str, str]:
     return headers
 
 
-def _change(
+def change(
     daemon: Daemon, method: str, kind: Kind, id: str, how: Arguments, *action: str, body: Any = None
 ) -> dict[str, Any]:
     query = {"ttl": how["ttl"]} if how.get("ttl") is not None else None
@@ -324,7 +381,7 @@ def _change(
     return daemon.fetch(method, kind.path_of(id, *action), query=query, headers=_headers(how), body=raw).fields()
 
 
-def _tell(kind: Kind, answer: dict[str, Any], as_json: bool, done: str) -> None:
+def tell(kind: Kind, answer: dict[str, Any], as_json: bool, done: str) -> None:
     if as_json:
         return print_json(answer)
     click.echo(f"{kind.noun} {answer['id']} {done}: version {answer['version']}, seq {answer['seq']}")

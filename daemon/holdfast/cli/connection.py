@@ -63,10 +63,7 @@ class Reply(NamedTuple):
 
     def decoded(self, kind: type[T]) -> T:
         """What *body* holds, as *kind*; raises as ``fields``."""
-        try:
-            return msgspec.json.decode(self.body, type=kind)
-        except msgspec.DecodeError as error:
-            raise Unavailable(f"expected a Holdfast daemon at {self.daemon}, found another answer ({error})") from None
+        return self.daemon.understood(self.body, kind)
 
 
 class Daemon(NamedTuple):
@@ -99,6 +96,17 @@ class Daemon(NamedTuple):
         target = f"{path}?{urlencode(query)}" if query else path
         with self.connect(timeout_s=timeout_s) as connection:
             return connection.fetch(method, target, headers=headers, body=body)
+
+    def understood(self, raw: bytes | msgspec.Raw, kind: type[T]) -> T:
+        """The JSON *raw*, which this daemon has sent, as *kind*.
+
+        Raises:
+            Unavailable: it is something else, so whoever listens there is no daemon of ours.
+        """
+        try:
+            return msgspec.json.decode(raw, type=kind)
+        except msgspec.DecodeError as error:
+            raise Unavailable(f"expected a Holdfast daemon at {self}, found another answer ({error})") from None
 
     def __str__(self) -> str:
         return str(self.address)

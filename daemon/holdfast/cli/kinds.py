@@ -70,6 +70,8 @@ ORDERS = Kind(
     ("1001", '{"recipientPhone": "573001234567", "productType": "music"}'),
 )
 USERS = Kind("user", "users", "/v1/users", "users")
+CONVERSATIONS = Kind("conversation", "conversations", "/v1/conversations", "conversations")
+ESCALATIONS = Kind("escalation", "escalations", "/v1/escalations", "escalations")
 
 
 def custom(collection: str) -> Kind:

@@ -26,9 +26,12 @@ _COMMANDS = {
     "orders": "records",
     "users": "records",
     "collections": "records",
+    "conversations": "conversations",
+    "escalations": "escalations",
     "stats": "stats",
     "tail": "tail",
     "journal": "journal",
+    "cleanup": "cleanup",
     "token": "token",
     "install-service": "install",
     "openapi": "openapi",
@@ -38,7 +41,16 @@ _COMMANDS = {
 
 _SECTIONS = {
     "The daemon": ("serve", "status", "flush", "reload", "install-service"),
-    "Data": ("sessions", "orders", "users", "collections", "stats"),
+    "Data": (
+        "sessions",
+        "orders",
+        "users",
+        "collections",
+        "conversations",
+        "escalations",
+        "stats",
+        "cleanup",
+    ),
     "What happened": ("tail", "journal"),
 }
 """How the help groups them; the others follow as tools."""
@@ -92,7 +104,7 @@ def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show the version."
 )
 def commands() -> None:
-    """Keep the sessions, orders and sales figures of chat bots through everything.
+    """Keep the sessions, orders, conversations and sales figures of chat bots through everything.
 
     `serve` runs the daemon; the other commands talk to it, or read its data directory.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from itertools import chain, islice
 from typing import Any
@@ -91,15 +91,7 @@ def list_command(kind: Kind) -> click.Command:
             f"holdfast {kind.command} list --all --json | jq '.[].id'",
         ),
     )
-    @click.option(
-        "--limit",
-        type=COUNT,
-        default=LIST_LIMIT,
-        show_default=True,
-        metavar="N",
-        help="At most so many.",
-    )
-    @click.option("--all", "is_all", is_flag=True, help="All of them.")
+    @limit_options
     @click.option(
         "--since", type=SINCE, metavar="TIME", help="Active or changed since: ISO 8601, or a span such as 2h."
     )
@@ -109,24 +101,20 @@ def list_command(kind: Kind) -> click.Command:
         daemon: Daemon, limit: int, is_all: bool, since: str | None, as_json: bool, state: str | None = None
     ) -> None:
         query = {name: value for name, value in (("since", since), ("state", state)) if value is not None}
-        items = items_of(daemon, kind, query, sys.maxsize if is_all else limit + 1)
+        items = items_of(daemon, kind.path, query, sys.maxsize if is_all else limit + 1)
         first = next(items, None)
         if first is None and not query:
             check_collection(daemon, kind)
         every = items if first is None else chain([first], items)
-        with Progress(
-            f"reading {kind.command}",
-            lambda: None if query else count_of(daemon, kind),
-            # Rows that run over the terminal are progress enough.
-            is_wanted=not is_terminal(),
-        ) as progress:
-            shown = counted(every if is_all else islice(every, limit), progress)
-            if as_json:
-                _print_array(shown)
-            else:
-                print_table(_columns(kind), (_row(kind, item) for item in shown))
-        if is_terminal() and not as_json and next(every, None) is not None:
-            click.echo(styled(f"and more: --limit {limit * 10} shows more, --all everything", dim=True))
+        print_list(
+            every,
+            _columns(kind),
+            lambda item: _row(kind, item),
+            what=kind.command,
+            limit=None if is_all else limit,
+            total=lambda: None if query else count_of(daemon, kind),
+            as_json=as_json,
+        )
 
     if kind.state_field is not None:
         option = click.option("--state", type=TEXT, metavar="STATE", help=f"Only those with this {kind.state_field}.")
@@ -134,12 +122,54 @@ def list_command(kind: Kind) -> click.Command:
     return list_
 
 
-def items_of(daemon: Daemon, kind: Kind, query: dict[str, str], wanted: int) -> Iterator[Item]:
-    """The records of a list, page after page, asked for when they are needed; about *wanted* at once."""
+def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How much of a list is shown; the command receives ``limit`` and ``is_all``."""
+    how_many = click.option(
+        "--limit", type=COUNT, default=LIST_LIMIT, show_default=True, metavar="N", help="At most so many."
+    )
+    return how_many(click.option("--all", "is_all", is_flag=True, help="All of them.")(command))
+
+
+def print_list(
+    items: Iterator[Item],
+    columns: Sequence[Column],
+    row: Callable[[Item], Sequence[str]],
+    *,
+    what: str,
+    limit: int | None,
+    total: Callable[[], int | None],
+    as_json: bool,
+) -> None:
+    """Print *items*, up to *limit* of them, while they come: each as a *row*, or all as one JSON array.
+
+    Args:
+        what: they are, for the progress bar, which asks for their *total* when it appears.
+    """
+    # Rows that run over the terminal are progress enough.
+    with Progress(f"reading {what}", total, is_wanted=not is_terminal()) as progress:
+        shown = counted(items if limit is None else islice(items, limit), progress)
+        if as_json:
+            _print_array(shown)
+        else:
+            print_table(columns, map(row, shown))
+    if limit is not None and is_terminal() and not as_json and next(items, None) is not None:
+        click.echo(styled(f"and more: --limit {limit * 10} shows more, --all everything", dim=True))
+
+
+def items_of(daemon: Daemon, path: str, query: dict[str, str], wanted: int) -> Iterator[Item]:
+    """The records of the list at *path*, page after page, asked for when they are needed; about *wanted* at once."""
+    for page in pages_of(daemon, path, query, wanted):
+        yield from page.items
+
+
+def pages_of(
+    daemon: Daemon, path: str, query: dict[str, str], wanted: int, *, cursor: str = "cursor"
+) -> Iterator[Page]:
+    """The pages of which ``items_of`` are, each going on at the *cursor* of the one before."""
     asked = {"limit": str(min(wanted, PAGE_LIMIT)), **query}
     while True:
         try:
-            reply = daemon.fetch("GET", kind.path, query=asked)
+            reply = daemon.fetch("GET", path, query=asked)
         except BadRequest as error:
             # limits.page is smaller than we hoped; then the daemon's own choice will do.
             if "limit" not in asked or "expected a limit" not in error.detail:
@@ -147,10 +177,10 @@ def items_of(daemon: Daemon, kind: Kind, query: dict[str, str], wanted: int) -> 
             del asked["limit"]
             continue
         page = reply.decoded(Page)
-        yield from page.items
+        yield page
         if page.next is None:
             return
-        asked["cursor"] = page.next
+        asked[cursor] = page.next
 
 
 def count_of(daemon: Daemon, kind: Kind) -> int | None:
@@ -198,16 +228,16 @@ def _row(kind: Kind, item: Item) -> list[str]:
     value = orjson.loads(raw)
     shown = {name: inner for name, inner in value.items() if str(inner) != item.id}
     if kind.state_field is not None:
-        cells.append(_cell(shown.pop(kind.state_field, None)))
+        cells.append(cell_of(shown.pop(kind.state_field, None)))
         time_field = next((field for field in kind.time_fields if shown.get(field)), None)
-        cells.append(_moment(shown.pop(time_field)) if time_field else "-")
+        cells.append(moment_of(shown.pop(time_field)) if time_field else "-")
     # For people without what stands in the other columns; for programs as it is stored.
     return [*cells, orjson.dumps(shown).decode() if is_terminal() else raw.decode()]
 
 
-def _moment(time: Any) -> str:
+def moment_of(time: Any) -> str:
     """*time* as it is, for people as how long ago that was."""
-    text = _cell(time)
+    text = cell_of(time)
     try:
         # Without an offset only the daemon knows the zone.
         has_offset = is_terminal() and datetime.fromisoformat(text).tzinfo is not None
@@ -217,7 +247,8 @@ def _moment(time: Any) -> str:
     return f"{readable_span(ago_s)} ago" if has_offset and ago_s >= 0 else text
 
 
-def _cell(value: Any) -> str:
+def cell_of(value: Any) -> str:
+    """*value* as it may stand in a cell."""
     text = "-" if value is None else value if isinstance(value, str) else orjson.dumps(value).decode()
     return text if len(text) <= CELL_CHARS else text[: CELL_CHARS - 1] + "…"
 
@@ -227,13 +258,13 @@ def _print_array(items: Iterator[Item]) -> None:
     click.echo("[", nl=False)
     separator = b"\n"
     while some := list(islice(items, PAGE_LIMIT)):
-        lines = b",\n".join(map(_encode_item, some))
+        lines = b",\n".join(map(encode_item, some))
         click.echo(separator + lines, nl=False)
         separator = b",\n"
     click.echo("\n]")
 
 
-_encode_item = msgspec.json.Encoder().encode
+encode_item = msgspec.json.Encoder().encode
 
 
 def get_command(kind: Kind) -> click.Command:
@@ -264,7 +295,7 @@ def get_command(kind: Kind) -> click.Command:
             raise
         value = reply.body
         if with_version:
-            value = _encode_item(Item(id, reply.version or 0, msgspec.Raw(value)))
+            value = encode_item(Item(id, reply.version or 0, msgspec.Raw(value)))
         if as_json:
             click.echo(value)
         else:

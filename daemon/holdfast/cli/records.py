@@ -20,16 +20,10 @@ from holdfast.cli.changing import (
 )
 from holdfast.cli.completion import complete_collection
 from holdfast.cli.connection import Daemon, daemon_flags, daemon_options, named_daemon
+from holdfast.cli.groups import InOrder
 from holdfast.cli.kinds import ORDERS, SESSIONS, USERS, Kind, custom
 from holdfast.cli.reading import collections_of, get_command, list_command
 from holdfast.cli.show import Column, examples, json_option, print_json, print_table
-
-
-class _InOrder(click.Group):
-    """Shows its commands in the order in which they were added: reading before changing."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
 
 
 def _group(kind: Kind, purpose: str, *further: Callable[[Kind], click.Command]) -> click.Group:
@@ -37,7 +31,7 @@ def _group(kind: Kind, purpose: str, *further: Callable[[Kind], click.Command]) 
 
     @click.group(
         kind.command,
-        cls=_InOrder,
+        cls=InOrder,
         help=purpose,
         epilog=examples(f"holdfast {kind.command} list", f"holdfast {kind.command} put {id} '{value}'"),
     )

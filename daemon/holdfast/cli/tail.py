@@ -23,12 +23,16 @@ _SHORT_CHARS_MAX = 2000
 
 _COLOURS = {
     "put": "green",
+    "append": "green",
     "patch": "cyan",
     "touch": "blue",
     "complete": "bright_green",
     "order": "bright_green",
     "completion": "bright_green",
     "cancel": "yellow",
+    "open": "yellow",
+    "hold": "yellow",
+    "archive": "magenta",
     "delete": "red",
     "expire": "magenta",
 }
@@ -129,6 +133,9 @@ def _line_of(event: dict[str, Any]) -> str:
 
 
 def _short(event: dict[str, Any]) -> str:
-    """What became, as JSON: the value of a record, else whatever the event tells besides."""
+    """What was said, or what became, as JSON: the value of a record, else whatever the event tells besides."""
+    if event.get("messages"):
+        said = " ".join(f"{one.get('role')}: {one.get('content', '')}" for one in event["messages"])
+        return printable(said[:_SHORT_CHARS_MAX])
     told = event.get("value", {name: value for name, value in event.items() if name not in _TOLD_APART})
     return printable(orjson.dumps(told).decode()[:_SHORT_CHARS_MAX]) if told else ""

@@ -23,7 +23,7 @@ from holdfast.client.wire import Receiver, Requests, Response, WireError
 from holdfast.errors import HoldfastError, Leased, Unavailable
 from holdfast.events import Event
 from holdfast.leases import LEASE_WAIT_MAX_S
-from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Retry, SessionLease
+from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Retry, SessionLease, Window
 
 UNDER_WAY = "closed while the request was under way; whether it happened is not known"
 
@@ -338,14 +338,40 @@ class Courier:
                 pending.future.set_exception(own)
 
 
+class _Transcripts:
+    """What a daemon answers to questions about conversations."""
+
+    def __init__(self, remote: AsyncRemote) -> None:
+        self._remote = remote
+
+    async def conversation(self, id: str) -> Record | None:
+        return messages.record_in(await self._remote.ask("GET", messages.conversation_target(id)), id)
+
+    async def page(self, **wanted: Any) -> Page:
+        return messages.page_in(await self._remote.ask("GET", messages.conversations_target(**wanted)))
+
+    async def messages(self, id: str, **wanted: Any) -> Page:
+        return messages.page_in(await self._remote.ask("GET", messages.messages_target(id, **wanted)))
+
+    async def window(self, id: str, **wanted: Any) -> Window:
+        return messages.window_in(await self._remote.ask("GET", messages.window_target(id, **wanted)))
+
+    async def escalations(self, **wanted: Any) -> Page:
+        return messages.page_in(await self._remote.ask("GET", messages.escalations_target(**wanted)))
+
+    async def storage(self) -> dict[str, Any]:
+        return messages.status_in(await self._remote.ask("GET", "/v1/stats/storage"))
+
+
 class _Answers:
     """What a daemon answers to questions; the source of an ``AsyncRemote``."""
 
     def __init__(self, remote: AsyncRemote) -> None:
         self._remote = remote
+        self.transcripts = _Transcripts(remote)
 
     async def get(self, collection: str, id: str) -> Record | None:
-        return messages.record_in(await self._remote.ask("GET", messages.record_target(collection, id)), id)
+        return messages.record_in(await self._remote.ask("GET", messages.head_target(collection, id)), id)
 
     async def page(
         self,

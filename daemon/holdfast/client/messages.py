@@ -23,14 +23,30 @@ from holdfast.errors import (
     Unavailable,
     error_of,
 )
-from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Retry, SessionLease, SessionPut
+from holdfast.ops import (
+    Answer,
+    AnyOp,
+    Durability,
+    EscalationOpen,
+    FlushReport,
+    MessageAppend,
+    Page,
+    Record,
+    Retry,
+    SessionLease,
+    SessionPut,
+    Window,
+)
 
 BATCH_OPS_MAX = 512
 """Ops that a client puts into one request by itself: enough to share a sync, few enough to hold up nobody."""
 
 BATCH_BYTES_MAX = 1 << 20
 
-PATH_OF = {"sessions": "/v1/sessions", "orders": "/v1/orders", "users": "/v1/users"}
+SPAN_MAX_S = 1e12
+"""Longer ago than that was nothing."""
+
+PATH_OF = {name: f"/v1/{name}" for name in ("sessions", "orders", "users", "conversations", "escalations")}
 
 _NO_LIMITS = values.ValueLimits(bytes_max=1 << 62, depth_max=1 << 62, keys_max=1 << 62)
 """The daemon has limits of its own."""
@@ -66,6 +82,11 @@ class _Items(msgspec.Struct):
     next: str | None = None
 
 
+class _Window(msgspec.Struct):
+    items: list[_Item]
+    tokens_used: int
+
+
 class _Problem(msgspec.Struct):
     code: str = ""
     detail: str = ""
@@ -75,6 +96,7 @@ class _Problem(msgspec.Struct):
 
 _decode_batch = msgspec.json.Decoder(_BatchAnswer).decode
 _decode_items = msgspec.json.Decoder(_Items).decode
+_decode_window = msgspec.json.Decoder(_Window).decode
 _decode_problem = msgspec.json.Decoder(_Problem).decode
 _decode_answer = msgspec.json.Decoder(Answer).decode
 _decode_report = msgspec.json.Decoder(FlushReport).decode
@@ -101,6 +123,9 @@ def encode_op(op: AnyOp) -> bytes:
         ttl = getattr(op, "ttl", None)
         if isinstance(ttl, float) and not math.isfinite(ttl):  # which JSON has no word for
             raise InvalidRecord(f"ttl: expected a number of seconds, found {ttl}")
+        if isinstance(op, MessageAppend | EscalationOpen):
+            # As one value, since callers put into metadata what they like.
+            return values.encode({"op": type(op).__struct_config__.tag, **_given(op)}, _NO_LIMITS)
         if value is None:
             return _encode(op)
         encoded = values.encode(value, _NO_LIMITS)
@@ -108,6 +133,14 @@ def encode_op(op: AnyOp) -> bytes:
         return _encode({"op": type(op).__struct_config__.tag} | fields | {"value": msgspec.Raw(encoded)})
     except UnicodeEncodeError:
         raise InvalidRecord(NO_TEXT) from None
+
+
+def _given(struct: msgspec.Struct) -> dict[str, Any]:
+    """The fields of *struct* that say something, those of messages in it as well."""
+    fields = {name: found for name in struct.__struct_fields__ if (found := getattr(struct, name)) is not None}
+    if isinstance(struct, MessageAppend) and struct.messages is not None:
+        fields["messages"] = [_given(message) for message in struct.messages]
+    return fields
 
 
 def batch_body(ops: list[bytes], *, atomic: bool) -> bytes:
@@ -145,10 +178,69 @@ def record_target(collection: str, id: str) -> str:
 
 def page_target(collection: str, limit: int, cursor: str | None, since_ms: int | None, state: str | None) -> str:
     """The path of a part of a list."""
-    query: dict[str, Any] = {"limit": limit, "cursor": cursor, "state": state}
-    query["since"] = None if since_ms is None else format_ms(since_ms)
-    given = {name: value for name, value in query.items() if value is not None}
-    return f"{collection_target(collection)}?{urlencode(given)}"
+    return _asking(collection_target(collection), limit=limit, cursor=cursor, state=state, since_ms=since_ms)
+
+
+def head_target(collection: str, id: str) -> str:
+    """The path of a record or, of a conversation, of what is known of it beside its messages."""
+    target = record_target(collection, id)
+    return f"{target}?messages=false" if collection == "conversations" else target
+
+
+def conversation_target(id: str) -> str:
+    """The path of a conversation whole."""
+    return record_target("conversations", id)
+
+
+def conversations_target(
+    *, active_within_s: float | None = None, older_than_s: float | None = None, **wanted: Any
+) -> str:
+    """The path of a part of the conversations; *wanted* as ``blocking.Transcripts.page`` takes it."""
+    spans = {"active_within": active_within_s, "older_than": older_than_s}
+    texts = {name: f"{min(span, SPAN_MAX_S):f}s" for name, span in spans.items() if span is not None}
+    return _asking(collection_target("conversations"), **wanted, **texts)
+
+
+def messages_target(id: str, **wanted: Any) -> str:
+    """The path of some messages; *wanted* as ``blocking.Transcripts.messages`` takes it."""
+    return _asking(f"{record_target('conversations', id)}/messages", **wanted)
+
+
+def window_target(id: str, messages: int | None, tokens: int | None) -> str:
+    """The path of the newest messages that fit."""
+    return _asking(f"{record_target('conversations', id)}/window", messages=messages, tokens=tokens)
+
+
+def escalations_target(**wanted: Any) -> str:
+    """The path of a part of the escalations."""
+    return _asking(collection_target("escalations"), **wanted)
+
+
+def _asking(path: str, **query: Any) -> str:
+    """*path* with those of *query* that say something; ``since_ms`` goes as ``since``.
+
+    Raises:
+        InvalidRecord: a text that cannot be sent.
+    """
+    given: dict[str, Any] = {}
+    for name, value in query.items():
+        if value is None:
+            continue
+        if name.endswith("_ms"):
+            given[name.removesuffix("_ms")] = _moment(value)
+        else:
+            given[name] = str(value).lower() if isinstance(value, bool) else value
+    try:
+        return f"{path}?{urlencode(given)}" if given else path
+    except UnicodeEncodeError:
+        raise InvalidRecord(NO_TEXT) from None
+
+
+def _moment(ms: int) -> str:
+    try:
+        return format_ms(ms)
+    except (OverflowError, ValueError):
+        raise BadRequest(f"expected ms since 1970 within the years 1 to 9999, found {ms}") from None
 
 
 def lease_target(id: str, durability: Durability | None) -> str:
@@ -201,6 +293,13 @@ def page_in(response: Response) -> Page:
     return Page([Record(item.id, item.version, bytes(item.value)) for item in found.items], found.next)
 
 
+def window_in(response: Response) -> Window:
+    """The newest messages that fit."""
+    check(response)
+    found = _decoded(_decode_window, response)
+    return Window([Record(item.id, item.version, bytes(item.value)) for item in found.items], found.tokens_used)
+
+
 def answer_in(response: Response) -> Answer:
     """The answer to a single op."""
     check(response)
@@ -224,8 +323,8 @@ def status_in(response: Response) -> dict[str, Any]:
 
 def count_in(status: dict[str, Any], collection: str) -> int:
     """How many records *collection* has, by the daemon's status."""
-    name = "pending_orders" if collection == "orders" else collection
-    if name in ("sessions", "pending_orders", "completed_orders", "users"):
+    name = {"orders": "pending_orders", "escalations": "open_escalations"}.get(collection, collection)
+    if name in ("sessions", "pending_orders", "completed_orders", "users", "conversations", "open_escalations"):
         return int(status[name])
     return int(status["collections"].get(name, 0))
 

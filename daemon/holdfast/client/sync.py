@@ -20,7 +20,7 @@ from holdfast.client.wire import Requests, Response, WireError
 from holdfast.errors import HoldfastError, Leased, Unavailable
 from holdfast.held import Renewals
 from holdfast.leases import LEASE_WAIT_MAX_S
-from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Retry, SessionLease
+from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Retry, SessionLease, Window
 
 FLUSH_TIMEOUT_S = 600.0
 """A flush of a million sessions takes seconds, on a slow disk a minute."""
@@ -59,14 +59,40 @@ def connect(
     return Remote(address_of(address), token_of(token, token_file), timeout_of(timeout))
 
 
+class _Transcripts:
+    """What a daemon answers to questions about conversations."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+
+    def conversation(self, id: str) -> Record | None:
+        return messages.record_in(self._remote.ask("GET", messages.conversation_target(id)), id)
+
+    def page(self, **wanted: Any) -> Page:
+        return messages.page_in(self._remote.ask("GET", messages.conversations_target(**wanted)))
+
+    def messages(self, id: str, **wanted: Any) -> Page:
+        return messages.page_in(self._remote.ask("GET", messages.messages_target(id, **wanted)))
+
+    def window(self, id: str, **wanted: Any) -> Window:
+        return messages.window_in(self._remote.ask("GET", messages.window_target(id, **wanted)))
+
+    def escalations(self, **wanted: Any) -> Page:
+        return messages.page_in(self._remote.ask("GET", messages.escalations_target(**wanted)))
+
+    def storage(self) -> dict[str, Any]:
+        return messages.status_in(self._remote.ask("GET", "/v1/stats/storage"))
+
+
 class _Answers:
     """What a daemon answers to questions; the source of a ``Remote``."""
 
     def __init__(self, remote: Remote) -> None:
         self._remote = remote
+        self.transcripts = _Transcripts(remote)
 
     def get(self, collection: str, id: str) -> Record | None:
-        return messages.record_in(self._remote.ask("GET", messages.record_target(collection, id)), id)
+        return messages.record_in(self._remote.ask("GET", messages.head_target(collection, id)), id)
 
     def page(
         self,

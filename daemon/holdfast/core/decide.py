@@ -6,7 +6,6 @@ Pure: nothing is changed, no clock is asked, no disk is touched. The event holds
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from datetime import UTC, tzinfo
 from functools import cache
 from typing import Any
 
@@ -15,23 +14,31 @@ import orjson
 
 from holdfast import record, values
 from holdfast.clock import format_ms, parse_ms
+from holdfast.core import conversations
 from holdfast.core import sales as figures
 from holdfast.core.collection import Collection
 from holdfast.core.event import Event
+from holdfast.core.rules import Rules, check_id, check_text, existing, next_version, refuse_header, unchanged
 from holdfast.core.state import KEY_TTL_MS, State, answer_of, is_custom_name
 from holdfast.core.wheel import MINUTE_MS
-from holdfast.errors import Conflict, InvalidRecord, Leased, NotFound, VersionMismatch
+from holdfast.errors import Conflict, InvalidRecord, Leased
 from holdfast.ops import (
-    ANY_VERSION,
     Answer,
     AnyOp,
+    ConversationArchive,
+    ConversationDelete,
+    ConversationHold,
+    ConversationPut,
+    EscalationOpen,
+    MessageAppend,
+    MessageExpire,
     OrderCancel,
     OrderComplete,
     OrderDelete,
     OrderPatch,
     OrderPut,
+    PersonHold,
     RecordDelete,
-    RecordOp,
     RecordPatch,
     RecordPut,
     Seconds,
@@ -56,44 +63,32 @@ USER_ID_FIELD = "user_id"
 RECORD_ID_FIELD = "id"
 
 
-class Rules(msgspec.Struct, frozen=True):
-    """The settings that decisions depend on.
-
-    Attributes:
-        session_id_field, session_time_field, order_id_field: names of fields in the values.
-        session_ttl_ms: idle time of sessions without their own.
-        session_limits, record_limits: of sessions, of all other records.
-        id_chars_max: of ids.
-        zone: of naive timestamps and of day boundaries.
-        keep_days: of sales figures.
-        reserved_names: collections that may not come into being, each with the reason.
-    """
-
-    session_id_field: str = "recipientPhone"
-    session_time_field: str = "lastActivity"
-    order_id_field: str = "odooOrderId"
-    session_ttl_ms: int = 24 * 3600 * 1000
-    session_limits: values.ValueLimits = values.DEFAULT_LIMITS
-    record_limits: values.ValueLimits = values.DEFAULT_LIMITS
-    id_chars_max: int = 256
-    zone: tzinfo = UTC
-    keep_days: int = 90
-    reserved_names: dict[str, str] = {}
+NOTHING_KNOWN: conversations.Externals = {}
 
 
 def decide(
-    state: State, op: AnyOp, rules: Rules, seq: int, now_ms: int, retry: tuple[str, int, int] | None = None
+    state: State,
+    op: AnyOp | MessageExpire,
+    rules: Rules,
+    seq: int,
+    now_ms: int,
+    retry: tuple[str, int, int] | None = None,
+    known: conversations.Externals = NOTHING_KNOWN,
 ) -> Event | Answer:
     """The event that *op* comes to, with *seq* and *now_ms*; or the answer, when nothing is to change.
 
     Args:
         retry: client, index in its request, number of the request; the op's own idempotency key goes before it.
+        known: of ``message.append``, the messages that the archive has under its external ids.
 
     Raises:
         HoldfastError: refused; the class says why.
     """
     key = op.idempotency_key
     if key is None and retry is None:
+        if known:
+            assert isinstance(op, MessageAppend)
+            return conversations.message_append(state, op, rules, seq, now_ms, known)
         return _DECIDE[type(op)](state, op, rules, seq, now_ms)
     if key is not None:
         previous = _previous_answer(state, op, key, now_ms)
@@ -102,7 +97,11 @@ def decide(
         previous = _retried_answer(state, op, retry)
     if previous is not None:
         return previous
-    decided = _DECIDE[type(op)](state, op, rules, seq, now_ms)
+    if known:
+        assert isinstance(op, MessageAppend)
+        decided = conversations.message_append(state, op, rules, seq, now_ms, known)
+    else:
+        decided = _DECIDE[type(op)](state, op, rules, seq, now_ms)
     if type(decided) is Event:
         decided.key = key
         if key is None:
@@ -148,30 +147,6 @@ def activity_ms(line: bytes, rules: Rules) -> int:
         return 0
 
 
-def check_id(id: str, rules: Rules) -> None:
-    """Refuse what cannot be an id.
-
-    Raises:
-        InvalidRecord: empty, too long, or with control or other unprintable characters.
-    """
-    if not id or len(id) > rules.id_chars_max:
-        raise InvalidRecord(f"an id has 1 to {rules.id_chars_max} characters, found {len(id)}")
-    if not id.isprintable():
-        raise InvalidRecord("an id may not hold control characters or other unprintable ones")
-
-
-def _check_text(text: Any, what: str, chars_max: int) -> None:
-    """Refuse what a journal line cannot hold as text, or should not."""
-    if text is None:
-        return
-    if not isinstance(text, str) or len(text) > chars_max:
-        raise InvalidRecord(f"{what} must be text of at most {chars_max} characters, found {text!r:.80}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InvalidRecord(f"{what} holds a lone surrogate; send valid Unicode") from None
-
-
 def milliseconds(duration: Seconds, what: str) -> int:
     """*duration* in ms: a number of seconds, or text such as ``90s``, ``12h``.
 
@@ -194,7 +169,7 @@ def _session_put(state: State, op: SessionPut, rules: Rules, seq: int, now_ms: i
     id, value = op.id, op.value
     check_id(id, rules)
     old = state.sessions.get(id)
-    version, ttl = _next_version(old, op)
+    version, ttl = next_version(old, op)
     if op.lease is not None or state.leases.count:
         _check_lease(state, id, op.lease, now_ms)
     encoded = values.encode(value, rules.session_limits)
@@ -204,10 +179,10 @@ def _session_put(state: State, op: SessionPut, rules: Rules, seq: int, now_ms: i
 
 
 def _session_patch(state: State, op: SessionPatch, rules: Rules, seq: int, now_ms: int) -> Event:
-    old = _existing(state.sessions, op, "session")
-    version, ttl = _next_version(old, op)
+    old = existing(state.sessions, op, "session")
+    version, ttl = next_version(old, op)
     _check_lease(state, op.id, op.lease, now_ms)
-    _refuse_header(op.value)
+    refuse_header(op.value)
     value = values.merge_patch(orjson.loads(record.value_of(old)), op.value)
     encoded = values.encode(value, rules.session_limits)
     if rules.session_id_field not in value:
@@ -216,8 +191,8 @@ def _session_patch(state: State, op: SessionPatch, rules: Rules, seq: int, now_m
 
 
 def _session_touch(state: State, op: SessionTouch, rules: Rules, seq: int, now_ms: int) -> Event:
-    old = _existing(state.sessions, op, "session")
-    version, ttl = _next_version(old, op)
+    old = existing(state.sessions, op, "session")
+    version, ttl = next_version(old, op)
     _check_lease(state, op.id, op.lease, now_ms)
     value = orjson.loads(record.value_of(old))
     value[rules.session_time_field] = format_ms(now_ms)
@@ -239,7 +214,7 @@ def _session_event(
     """The event that stores *value*; adds ``lastActivity`` to *encoded* when *value* has none."""
     id = op.id
     if record.HEADER_KEY in value:
-        _refuse_header(value)
+        refuse_header(value)
     given_id = value.get(rules.session_id_field, id)
     if given_id != id:
         _check_same_id(given_id, id, rules.session_id_field)
@@ -272,7 +247,7 @@ def _time_key(field: str) -> bytes:
 
 
 def _session_delete(state: State, op: SessionDelete, rules: Rules, seq: int, now_ms: int) -> Event:
-    _next_version(_existing(state.sessions, op, "session"), op)
+    next_version(existing(state.sessions, op, "session"), op)
     _check_lease(state, op.id, op.lease, now_ms)
     return Event(seq, format_ms(now_ms), "session.delete", id=op.id)
 
@@ -284,7 +259,7 @@ def _session_lease(state: State, op: SessionLease, rules: Rules, seq: int, now_m
         raise InvalidRecord(
             f"a lease may last {LEASE_TTL_MAX_MS // 1000} s at most, found {op.ttl!r}; renew it instead"
         )
-    _check_text(op.owner, "the owner of a lease", rules.id_chars_max)
+    check_text(op.owner, "the owner of a lease", rules.id_chars_max)
     lease = _active_lease(state, op.id, now_ms)
     generation = seq
     if lease is not None:
@@ -366,7 +341,7 @@ def _order_put(state: State, op: OrderPut, rules: Rules, seq: int, now_ms: int) 
     check_id(id, rules)
     _refuse_closed(state, id)
     old = state.orders.get(id)
-    version, _ = _next_version(old, op)
+    version, _ = next_version(old, op)
     encoded = _checked(value, id, rules.order_id_field, rules, as_number=True)
     if old is not None:
         return _order_event(seq, now_ms, "order.put", id, version, encoded, record.header_of(old).counted)
@@ -374,7 +349,7 @@ def _order_put(state: State, op: OrderPut, rules: Rules, seq: int, now_ms: int) 
     if mark is not None:
         return _order_event(seq, now_ms, "order.put", id, version, encoded, orjson.loads(mark)["completed"])
     product_type = value.get("productType")
-    _check_text(product_type, "productType", rules.id_chars_max)
+    check_text(product_type, "productType", rules.id_chars_max)
     day = _created_day(value, rules, now_ms)
     count = figures.count_order(state.sales, day, _oldest(rules, now_ms), product_type)
     return _order_event(seq, now_ms, "order.put", id, version, encoded, False, count)
@@ -382,8 +357,8 @@ def _order_put(state: State, op: OrderPut, rules: Rules, seq: int, now_ms: int) 
 
 def _order_patch(state: State, op: OrderPatch, rules: Rules, seq: int, now_ms: int) -> Event:
     _refuse_closed(state, op.id)
-    old = _existing(state.orders, op, "order")
-    version, _ = _next_version(old, op)
+    old = existing(state.orders, op, "order")
+    version, _ = next_version(old, op)
     encoded = _patched(old, op.value, op.id, rules.order_id_field, rules)
     return _order_event(seq, now_ms, "order.patch", op.id, version, encoded, record.header_of(old).counted)
 
@@ -394,9 +369,9 @@ def _order_complete(state: State, op: OrderComplete, rules: Rules, seq: int, now
     if closed is not None:
         if orjson.loads(closed).get("status") == "cancelled":
             raise Conflict(f"order {op.id!r} is cancelled; a cancelled order cannot be completed")
-        return _unchanged(op, closed, seq)
-    old = _existing(state.orders, op, "order")
-    version, _ = _next_version(old, op)
+        return unchanged(op, closed, seq)
+    old = existing(state.orders, op, "order")
+    version, _ = next_version(old, op)
     changes: dict[str, Any] = {"status": "completed", "completedAt": format_ms(now_ms)}
     if op.revenue is not None:
         changes["revenue"] = orjson.Fragment(figures.money_text(revenue))
@@ -413,12 +388,12 @@ def _order_cancel(state: State, op: OrderCancel, rules: Rules, seq: int, now_ms:
     if closed is not None:
         if orjson.loads(closed).get("status") != "cancelled":
             raise Conflict(f"order {op.id!r} is completed; a completed order cannot be cancelled")
-        return _unchanged(op, closed, seq)
-    old = _existing(state.orders, op, "order")
-    version, _ = _next_version(old, op)
+        return unchanged(op, closed, seq)
+    old = existing(state.orders, op, "order")
+    version, _ = next_version(old, op)
     changes: dict[str, Any] = {"status": "cancelled", "cancelledAt": format_ms(now_ms)}
     if op.reason is not None:
-        _check_text(op.reason, "the reason", rules.record_limits.bytes_max)
+        check_text(op.reason, "the reason", rules.record_limits.bytes_max)
         changes["cancelReason"] = op.reason
     encoded = _closed(old, changes, now_ms)
     return _order_event(seq, now_ms, "order.cancel", op.id, version, encoded, record.header_of(old).counted)
@@ -426,8 +401,8 @@ def _order_cancel(state: State, op: OrderCancel, rules: Rules, seq: int, now_ms:
 
 def _order_delete(state: State, op: OrderDelete, rules: Rules, seq: int, now_ms: int) -> Event:
     where = state.orders if state.orders.get(op.id) is not None else state.completed_orders
-    old = _existing(where, op, "order")
-    _next_version(old, op)
+    old = existing(where, op, "order")
+    next_version(old, op)
     return Event(seq, format_ms(now_ms), "order.delete", id=op.id, counted=record.header_of(old).counted)
 
 
@@ -473,7 +448,7 @@ def _created_day(value: dict[str, Any], rules: Rules, now_ms: int) -> str:
 
 
 def _stats_order(state: State, op: StatsOrder, rules: Rules, seq: int, now_ms: int) -> Event:
-    _check_text(op.product_type, "product_type", rules.id_chars_max)
+    check_text(op.product_type, "product_type", rules.id_chars_max)
     count = figures.count_order(state.sales, _stats_day(op.at, rules, now_ms), _oldest(rules, now_ms), op.product_type)
     return _stats_event(seq, now_ms, "stats.order", count)
 
@@ -512,20 +487,20 @@ def _oldest(rules: Rules, now_ms: int) -> str:
 
 def _user_put(state: State, op: UserPut, rules: Rules, seq: int, now_ms: int) -> Event:
     check_id(op.id, rules)
-    version, _ = _next_version(state.users.get(op.id), op)
+    version, _ = next_version(state.users.get(op.id), op)
     encoded = _checked(op.value, op.id, USER_ID_FIELD, rules)
     return Event(seq, format_ms(now_ms), "user.put", "", op.id, version, msgspec.Raw(encoded))
 
 
 def _user_patch(state: State, op: UserPatch, rules: Rules, seq: int, now_ms: int) -> Event:
-    old = _existing(state.users, op, "user")
-    version, _ = _next_version(old, op)
+    old = existing(state.users, op, "user")
+    version, _ = next_version(old, op)
     encoded = _patched(old, op.value, op.id, USER_ID_FIELD, rules)
     return Event(seq, format_ms(now_ms), "user.patch", "", op.id, version, msgspec.Raw(encoded))
 
 
 def _user_delete(state: State, op: UserDelete, rules: Rules, seq: int, now_ms: int) -> Event:
-    _next_version(_existing(state.users, op, "user"), op)
+    next_version(existing(state.users, op, "user"), op)
     return Event(seq, format_ms(now_ms), "user.delete", id=op.id)
 
 
@@ -533,22 +508,22 @@ def _record_put(state: State, op: RecordPut, rules: Rules, seq: int, now_ms: int
     check_collection(op.collection, rules)
     check_id(op.id, rules)
     collection = state.collections.get(op.collection)
-    version, _ = _next_version(collection.get(op.id) if collection is not None else None, op)
+    version, _ = next_version(collection.get(op.id) if collection is not None else None, op)
     encoded = _checked(op.value, op.id, RECORD_ID_FIELD, rules)
     return Event(seq, format_ms(now_ms), "record.put", op.collection, op.id, version, msgspec.Raw(encoded))
 
 
 def _record_patch(state: State, op: RecordPatch, rules: Rules, seq: int, now_ms: int) -> Event:
     collection = _existing_collection(state, op.collection, rules)
-    old = _existing(collection, op, "record")
-    version, _ = _next_version(old, op)
+    old = existing(collection, op, "record")
+    version, _ = next_version(old, op)
     encoded = _patched(old, op.value, op.id, RECORD_ID_FIELD, rules)
     return Event(seq, format_ms(now_ms), "record.patch", op.collection, op.id, version, msgspec.Raw(encoded))
 
 
 def _record_delete(state: State, op: RecordDelete, rules: Rules, seq: int, now_ms: int) -> Event:
     collection = _existing_collection(state, op.collection, rules)
-    _next_version(_existing(collection, op, "record"), op)
+    next_version(existing(collection, op, "record"), op)
     return Event(seq, format_ms(now_ms), "record.delete", op.collection, op.id)
 
 
@@ -575,35 +550,9 @@ def _existing_collection(state: State, name: str, rules: Rules) -> Collection:
 # What they share.
 
 
-def _existing(collection: Collection, op: RecordOp, noun: str) -> bytes:
-    line = collection.get(op.id)
-    if line is not None:
-        return line
-    if op.if_version is not None and op.if_version != 0:
-        raise VersionMismatch(f"{noun} {op.id!r} does not exist, but if_version asks for one")
-    raise NotFound(f"no {noun} {op.id!r}")
-
-
-def _next_version(old: bytes | None, op: RecordOp) -> tuple[int, int | None]:
-    """The version after *op* of the record that is now *old*, and the ttl that it has of its own.
-
-    Raises:
-        VersionMismatch: ``if_version`` names another version than the record has.
-    """
-    wanted = op.if_version
-    if old is None:
-        if wanted:
-            raise VersionMismatch(f"{op.id!r} does not exist, but if_version is {wanted}; read it again")
-        return 1, None
-    version, is_plain = record.version_of(old)
-    if wanted is not None and wanted != version and wanted != ANY_VERSION:
-        raise VersionMismatch(f"{op.id!r} has version {version}, but if_version is {wanted}; read it again")
-    return version + 1, None if is_plain else record.header_of(old).ttl
-
-
 def _checked(value: dict[str, Any], id: str, id_field: str, rules: Rules, *, as_number: bool = False) -> bytes:
     """The canonical JSON of *value* with its id in it."""
-    _refuse_header(value)
+    refuse_header(value)
     encoded = values.encode(value, rules.record_limits)
     if id_field not in value:
         is_number = as_number and id.isascii() and id.isdigit() and len(id) <= 15 and (id == "0" or id[0] != "0")
@@ -613,7 +562,7 @@ def _checked(value: dict[str, Any], id: str, id_field: str, rules: Rules, *, as_
 
 
 def _patched(old: bytes, patch: dict[str, Any], id: str, id_field: str, rules: Rules) -> bytes:
-    _refuse_header(patch)
+    refuse_header(patch)
     value = values.merge_patch(orjson.loads(record.value_of(old)), patch)
     if id_field not in value:
         raise InvalidRecord(f"a patch may not remove the id field {id_field!r}")
@@ -633,16 +582,7 @@ def _with_field_first(encoded: bytes, field: str, value: str | int) -> bytes:
     return b"{%b:%b%b%b" % (orjson.dumps(field), orjson.dumps(value), comma, encoded[1:])
 
 
-def _refuse_header(value: dict[str, Any]) -> None:
-    if record.HEADER_KEY in value:
-        raise InvalidRecord(f"the key {record.HEADER_KEY!r} is reserved; use another name")
-
-
-def _unchanged(op: RecordOp, line: bytes, seq: int) -> Answer:
-    return Answer(status=200, seq=seq - 1, id=op.id, version=record.version_of(line)[0])
-
-
-def _previous_answer(state: State, op: AnyOp, key: str, now_ms: int) -> Answer | None:
+def _previous_answer(state: State, op: AnyOp | MessageExpire, key: str, now_ms: int) -> Answer | None:
     """The answer that *key* got within the last 24 hours."""
     if not key or len(key) > KEY_CHARS_MAX or not key.isprintable():
         raise InvalidRecord(f"an idempotency key has 1 to {KEY_CHARS_MAX} printable characters")
@@ -662,13 +602,18 @@ def _previous_answer(state: State, op: AnyOp, key: str, now_ms: int) -> Answer |
         version=kept["version"],
         generation=kept["generation"],
         expires_at=kept["expires_at"],
+        numbers=kept.get("numbers"),
     )
 
 
-def _retried_answer(state: State, op: AnyOp, retry: tuple[str, int, int]) -> Answer | None:
+def _retried_answer(state: State, op: AnyOp | MessageExpire, retry: tuple[str, int, int]) -> Answer | None:
     """The answer that this op of this request got before."""
     noted = state.retries.find(*retry, type(op).__struct_config__.tag, getattr(op, "id", ""))  # type: ignore[arg-type]
     return None if noted is None else answer_of(noted, noted.seq)
+
+
+def _message_append(state: State, op: MessageAppend, rules: Rules, seq: int, now_ms: int) -> Event | Answer:
+    return conversations.message_append(state, op, rules, seq, now_ms, NOTHING_KNOWN)
 
 
 _Decider = Callable[[State, Any, Rules, int, int], Event | Answer]
@@ -693,4 +638,12 @@ _DECIDE: dict[type[Any], _Decider] = {
     RecordPut: _record_put,
     RecordPatch: _record_patch,
     RecordDelete: _record_delete,
+    MessageAppend: _message_append,
+    MessageExpire: conversations.message_expire,
+    ConversationPut: conversations.conversation_put,
+    ConversationDelete: conversations.conversation_delete,
+    ConversationArchive: conversations.conversation_archive,
+    ConversationHold: conversations.conversation_hold,
+    PersonHold: conversations.person_hold,
+    EscalationOpen: conversations.escalation_open,
 }

@@ -17,6 +17,29 @@ Figures = dict[str, Any]
 """A JSON object with exact numbers: int or Decimal where the JSON has a number."""
 
 
+class StoredMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """A message as it is kept.
+
+    Attributes:
+        number: 1, 2, 3 … in its conversation; never given twice.
+        role, content, tokens_used: as in ``ops.Message``.
+        author: bot, agent, customer; empty for messages of the system and of tools that name none.
+        created_ms: ms since 1970.
+        metadata: a JSON object with everything else; empty when there is nothing.
+        channel, external_id: as in ``metadata``, where they stand as well; empty without.
+    """
+
+    number: int
+    role: str
+    content: str = ""
+    tokens_used: int | None = None
+    author: str = ""
+    created_ms: int
+    metadata: msgspec.Raw = NO_VALUE
+    channel: str = ""
+    external_id: str = ""
+
+
 class Event(msgspec.Struct, omit_defaults=True, gc=False):
     """One line of the journal, after its checksum. Fields that do not apply are absent.
 
@@ -38,6 +61,12 @@ class Event(msgspec.Struct, omit_defaults=True, gc=False):
         totals: the all-time sales figures from now on.
         oldest: days before this date are no longer kept.
         counted: the completion of the order is in the figures.
+        messages: those appended by ``message.append``.
+        numbers: what ``message.append`` answers.
+        up_to: the highest number that ``message.expire`` removes.
+        before: it removes only messages created before this, ms since 1970.
+        head: the conversation from now on, where *value* is its escalation; canonical JSON.
+        head_version: the conversation's version then.
         key: idempotency key.
         retry: client, index in its request, number of the request (``ops.Retry``).
         events: the members of an atomic batch.
@@ -60,6 +89,12 @@ class Event(msgspec.Struct, omit_defaults=True, gc=False):
     totals: Figures | None = None
     oldest: str | None = None
     counted: bool = False
+    messages: list[StoredMessage] | None = None
+    numbers: list[int] | None = None
+    up_to: int | None = None
+    before: int | None = None
+    head: msgspec.Raw = NO_VALUE
+    head_version: int = 0
     key: str | None = None
     retry: tuple[str, int, int] | None = None
     events: list[Event] | None = None

@@ -29,6 +29,7 @@ class Noted(NamedTuple):
         op, id: what was asked, by which a mistaken number is told from a repeat.
         version, seq: of its event.
         generation, until: of a lease.
+        numbers: of appended messages.
     """
 
     op: str
@@ -37,6 +38,7 @@ class Noted(NamedTuple):
     seq: int
     generation: int | None
     until: int | None
+    numbers: list[int] | None = None
 
 
 class _Client:
@@ -54,7 +56,7 @@ class RetryLine(msgspec.Struct):
     id: str
     number: int
     at: int
-    ops: list[tuple[int, str, str, int, int, int | None, int | None]]
+    ops: list[tuple[int, str, str, int, int, int | None, int | None, list[int] | None]]
 
 
 class Retries:
@@ -136,8 +138,8 @@ class Retries:
         for found in sorted(map(_decode_line, lines), key=lambda line: line.at):
             known = self._clients[found.id] = _Client(found.number, found.at)
             known.noted = {
-                index: Noted(op, id, version, noted_seq, generation, until)
-                for index, op, id, version, noted_seq, generation, until in found.ops
+                index: Noted(op, id, version, noted_seq, generation, until, numbers)
+                for index, op, id, version, noted_seq, generation, until, numbers in found.ops
             }
         self.changed_seq = seq
 

@@ -7,9 +7,10 @@ program keep the keys that we do not know.
 from __future__ import annotations
 
 import decimal
+from calendar import monthrange
 from datetime import date, datetime, timedelta, tzinfo
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -20,6 +21,9 @@ from holdfast.errors import InvalidRecord
 _MONEY = decimal.Context(prec=60, traps=[decimal.Inexact, decimal.InvalidOperation, decimal.Overflow])
 _WHOLE_DIGITS_MAX = 24
 _DECIMALS_MAX = 12
+
+
+Group = Literal["day", "week", "month"]
 
 
 class Sales(msgspec.Struct, frozen=True):
@@ -126,10 +130,43 @@ def oldest_day(now_ms: int, zone: tzinfo, keep_days: int) -> str:
     return (today - timedelta(days=keep_days - 1)).isoformat()
 
 
-def encode_sales(sales: Sales) -> bytes:
-    """``sales_stats.json``, indented for people, days in order."""
+def periods_of(
+    sales: Sales, group: Group = "day", first: str | None = None, last: str | None = None, product: str | None = None
+) -> list[Figures]:
+    """The figures of the days from *first* to *last* added up by day, week (from Monday) or month, oldest first.
+
+    Each period has its name in ISO 8601 (``2026-11-21``, ``2026-W47``, ``2026-11``), the dates it goes ``from`` and ``to``,
+    and the keys of a day. With *product* only its orders count, and there is no ``completedOrders`` nor ``totalRevenue``,
+    which are not known by product. Periods in which nothing was counted are left out.
+    """
+    periods: dict[str, Figures] = {}
+    for day in sorted(sales.days):
+        if (first is not None and day < first) or (last is not None and day > last):
+            continue
+        figures = sales.days[day]
+        types = figures.get("productTypes") or {}
+        if product is not None and product not in types:
+            continue
+        name, begins, ends = _period(date.fromisoformat(day), group)
+        period = periods.setdefault(name, _empty_period(name, begins, ends, product))
+        for type, count in types.items():
+            if product is None or type == product:
+                period["productTypes"][type] = period["productTypes"].get(type, 0) + count
+        if product is not None:
+            period["totalOrders"] += types[product]
+            continue
+        for key in ("totalOrders", "completedOrders"):
+            period[key] += figures.get(key, 0)
+        period["totalRevenue"] = add_money(period["totalRevenue"], figures.get("totalRevenue", 0))
+    return list(periods.values())
+
+
+def encode_sales(sales: Sales, periods: list[Figures] | None = None) -> bytes:
+    """``sales_stats.json``, indented for people, days in order; with *periods*, when they are given, as one more key."""
     days = [sales.days[day] for day in sorted(sales.days)]
     whole = {"daily": days, "totals": _totals(sales), **sales.extra}
+    if periods is not None:
+        whole["periods"] = periods
     return msgspec.json.format(msgspec.json.Encoder(decimal_format="number").encode(whole), indent=2) + b"\n"
 
 
@@ -160,7 +197,26 @@ def decode_sales(raw: bytes) -> Sales:
     return Sales({day["date"]: day for day in daily}, totals, extra)
 
 
+_COUNTED = ("totalOrders", "completedOrders", "totalRevenue")
 _TOTALS = ("allTimeOrders", "allTimeRevenue", "allTimeCompleted")
+
+
+def _period(day: date, group: Group) -> tuple[str, date, date]:
+    """The name, first and last day of the period that *day* is in."""
+    if group == "day":
+        return day.isoformat(), day, day
+    if group == "week":
+        year, week, weekday = day.isocalendar()
+        begins = day - timedelta(days=weekday - 1)
+        # The last week there is does not end on a Sunday.
+        return f"{year:04}-W{week:02}", begins, begins + min(timedelta(days=6), date.max - begins)
+    _, days = monthrange(day.year, day.month)
+    return day.isoformat()[:7], day.replace(day=1), day.replace(day=days)
+
+
+def _empty_period(name: str, begins: date, ends: date, product: str | None) -> Figures:
+    counted = {"totalOrders": 0} if product is not None else dict.fromkeys(_COUNTED, 0)
+    return {"period": name, "from": begins.isoformat(), "to": ends.isoformat(), **counted, "productTypes": {}}
 
 
 def _empty_day(day: str) -> Figures:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import orjson
 
 from holdfast import record
 from holdfast.clock import format_ms
+from holdfast.core.backlog import Backlog
 from holdfast.core.collection import Change, Collection
 from holdfast.core.event import Event
 from holdfast.core.retries import Noted, Retries
@@ -29,13 +31,23 @@ LEASES = "_leases"
 KEYS = "_keys"
 RETRIES = "_retries"
 COUNTED = "_counted"
+CONVERSATIONS = "conversations"
+ESCALATIONS = "escalations"
+HOLDS = "_holds"
+EXTERNALS = "_externals"
 
-BUILT_IN = (SESSIONS, ORDERS, COMPLETED_ORDERS, USERS, LEASES, KEYS, RETRIES, COUNTED)
+BUILT_IN = (
+    SESSIONS, ORDERS, COMPLETED_ORDERS, USERS, LEASES, KEYS, RETRIES, COUNTED, CONVERSATIONS, ESCALATIONS, HOLDS, EXTERNALS,
+)  # fmt: skip
 """The collections that always exist. Those with an underscore are our own book-keeping, shown by no API: leases;
-answers by idempotency key; the last answers of each client; deleted orders that are in the sales figures."""
+answers by idempotency key; the last answers of each client; deleted orders that are in the sales figures; people under a
+legal hold; external ids of the messages of the last day. Of conversations these are the heads, without messages."""
 
 KEY_TTL_MS = 24 * 3600 * 1000
 """How long a repeated op with the same idempotency key gets the first answer (CONTRACT section 6)."""
+
+EXTERNAL_TTL_MS = 24 * 3600 * 1000
+"""How long a message's external id is kept in memory; the archive knows it for as long as it has the message."""
 
 _CUSTOM_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _RESERVED = {*BUILT_IN, "chat_sessions", "pending_orders", "sales_stats", "manifest", "tokens", "conversations",
@@ -55,7 +67,8 @@ class State:
         sales: as decided.
         seq: of the last event applied.
         session_ttl_ms: the setting; a session with its own ttl does not use it.
-        session_wheel, lease_wheel, key_wheel: who is to be looked at when.
+        session_wheel, lease_wheel, key_wheel, external_wheel: who is to be looked at when.
+        backlog: events on their way to the archive.
         retries: the answers to each client's last request.
         on_released: called with the session's id, under the engine's lock, whenever a lease is given back.
     """
@@ -69,6 +82,11 @@ class State:
         self.leases = self.collections[LEASES]
         self.keys = self.collections[KEYS]
         self.counted = self.collections[COUNTED]
+        self.conversations = self.collections[CONVERSATIONS]
+        self.escalations = self.collections[ESCALATIONS]
+        self.holds = self.collections[HOLDS]
+        self.externals = self.collections[EXTERNALS]
+        self.backlog = Backlog()
         self.sales = Sales()
         self.sales_changed_seq = 0
         self._sales_pending: Sales | None = None
@@ -79,6 +97,7 @@ class State:
         self.session_wheel = Wheel()
         self.lease_wheel = Wheel()
         self.key_wheel = Wheel()
+        self.external_wheel = Wheel()
         self.retries = Retries()
         self.on_released: Callable[[str], None] = lambda id: None
 
@@ -122,6 +141,7 @@ class State:
                 self.collections.popitem()
             self.sales, self._sales_pending, self.seq = sales, sales_pending, seq
             self.retries.undo(seq)
+            self.backlog.undo(seq)
             raise
         finally:
             self._note_changes(None)
@@ -153,6 +173,7 @@ class State:
         self.sales = self.committed_sales
         self._sales_pending = self._sales_writing = None
         self.retries.undo(seq)
+        self.backlog.undo(seq)
         self.seq = seq
 
 
@@ -183,7 +204,13 @@ def answer_of(event: Event | Noted, seq: int) -> Answer:
     if not version and event.op.endswith("delete"):
         return Answer(status=204, seq=seq, id=event.id)
     status = 201 if version == 1 and event.op.endswith("put") else 200
-    return Answer(status=status, seq=seq, id=event.id, version=version)
+    return Answer(status=status, seq=seq, id=event.id, version=version, numbers=_numbers_of(event))
+
+
+def _numbers_of(event: Event | Noted) -> list[int] | None:
+    if event.numbers is None and isinstance(event, Event) and event.messages is not None:
+        return [message.number for message in event.messages]
+    return event.numbers
 
 
 def _session_stored(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
@@ -265,6 +292,46 @@ def _record_removed(state: State, event: Event, seq: int, at_ms: int, undoable: 
     state.collection(event.collection).set(event.id, None, seq, undoable=undoable)
 
 
+def _messages_appended(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    _head_stored(state, event, seq, at_ms, undoable)
+    for message in event.messages or ():
+        if message.external_id:
+            key = f"{event.id}\n{message.channel}\n{message.external_id}"
+            noted = orjson.dumps({"id": key, "number": message.number, "seq": seq, "at": at_ms})
+            state.externals.set(key, record.join(noted, 1), seq, undoable=undoable)
+            state.external_wheel.schedule(key, at_ms + EXTERNAL_TTL_MS)
+
+
+def _head_stored(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    _set_head(state, event.id, bytes(event.value), event.version, seq, at_ms, undoable)
+    state.backlog.note(seq, event)
+
+
+def _set_head(state: State, id: str, head: bytes, version: int, seq: int, at_ms: int, undoable: bool) -> None:
+    old = state.conversations.get(id)
+    born = seq if old is None or version == 1 else record.header_of(old).born
+    line = record.join_header(head, record.Header(v=version, at=at_ms, born=born))
+    state.conversations.set(id, line, seq, undoable=undoable)
+
+
+def _conversation_removed(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    state.conversations.set(event.id, None, seq, undoable=undoable)
+    state.escalations.set(event.id, None, seq, undoable=undoable)
+    state.backlog.note(seq, event)
+
+
+def _person_held(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    line = record.join(bytes(event.value), 1) if event.value else None
+    state.holds.set(event.id, line, seq, undoable=undoable)
+
+
+def _escalation_stored(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
+    line = record.join_header(bytes(event.value), record.Header(v=event.version, at=at_ms))
+    state.escalations.set(event.id, line, seq, undoable=undoable)
+    _set_head(state, event.id, bytes(event.head), event.head_version, seq, at_ms, undoable)
+    state.backlog.note(seq, event)
+
+
 def _batch_applied(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
     for member in event.events or ():
         _APPLY[member.op](state, member, seq, at_ms, undoable)
@@ -276,9 +343,9 @@ def _batch_applied(state: State, event: Event, seq: int, at_ms: int, undoable: b
 
 def _remember_answer(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
     answer = answer_of(event, seq)
-    kept = {"id": event.key, "op": event.op, "collection": event.collection, "target": event.id, "at": at_ms}
+    kept: dict[str, Any] = {"id": event.key, "op": event.op, "collection": event.collection, "target": event.id, "at": at_ms}
     kept |= {"status": answer.status, "seq": seq, "version": answer.version}
-    kept |= {"generation": answer.generation, "expires_at": answer.expires_at}
+    kept |= {"generation": answer.generation, "expires_at": answer.expires_at, "numbers": answer.numbers}
     assert event.key is not None
     state.keys.set(event.key, record.join(orjson.dumps(kept), 1), seq, undoable=undoable)
     state.key_wheel.schedule(event.key, at_ms + KEY_TTL_MS)
@@ -287,7 +354,7 @@ def _remember_answer(state: State, event: Event, seq: int, at_ms: int, undoable:
 def _note_retry(state: State, event: Event, seq: int, at_ms: int) -> None:
     assert event.retry is not None
     client, index, number = event.retry
-    noted = Noted(event.op, event.id, event.version, seq, event.generation, event.until)
+    noted = Noted(event.op, event.id, event.version, seq, event.generation, event.until, _numbers_of(event))
     state.retries.note(client, index, number, noted, at_ms)
 
 
@@ -314,6 +381,14 @@ _APPLY: dict[str, _Applier] = {
     "record.put": _record_stored,
     "record.patch": _record_stored,
     "record.delete": _record_removed,
+    "message.append": _messages_appended,
+    "message.expire": _head_stored,
+    "conversation.put": _head_stored,
+    "conversation.delete": _conversation_removed,
+    "conversation.archive": _head_stored,
+    "conversation.hold": _head_stored,
+    "person.hold": _person_held,
+    "escalation.open": _escalation_stored,
     "batch": _batch_applied,
 }
 

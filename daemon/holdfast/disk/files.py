@@ -11,9 +11,12 @@ import errno
 import fcntl
 import os
 import re
+import signal
 import stat
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -49,6 +52,15 @@ class WrittenFile(NamedTuple):
 WRITEBACK_BYTES = 8 << 20
 """Of a large file, after which the disk may begin with what is written so far, so that the sync at the end is short."""
 
+PIECE_BYTES = 1 << 20
+"""Of a large file, written at a time; while others wait for the same disk, synced at a time as well."""
+
+PATIENCE_S = 30.0
+"""The longest that the writing of one file is drawn out for the sake of others: far less than passes between two flushes."""
+
+FREE_BYTES = 4 << 20
+"""Of a large file that was replaced, given back to the file system at a time: others wait 2 ms for it, not 60."""
+
 
 class Directory:
     """An open directory in which files are written, read and removed by name, never through a symbolic link.
@@ -71,11 +83,15 @@ class Directory:
         self.publish([name])
         return written
 
-    def stage(self, name: str, chunks: Iterable[bytes]) -> WrittenFile:
-        """Write *chunks* durably beside *name*, to take its place at ``publish``; errors as ``write_atomic``."""
+    def stage(self, name: str, chunks: Iterable[bytes], is_busy: Callable[[], bool] = lambda: False) -> WrittenFile:
+        """Write *chunks* durably beside *name*, to take its place at ``publish``; errors as ``write_atomic``.
+
+        *is_busy* tells, each time it is asked, whether others have used the disk since it was asked last. As long as
+        they do they are left half of the time, for PATIENCE_S at most.
+        """
         temporary = _temporary(name)
         try:
-            return self._write_new(temporary, chunks)
+            return self._write_new(temporary, chunks, is_busy)
         except BaseException as error:
             self.remove(temporary)
             if isinstance(error, OSError) and error.errno in FULL_ERRNOS:
@@ -85,32 +101,62 @@ class Directory:
     def publish(self, names: Iterable[str]) -> None:
         """Put the staged files *names* into place, durably; on an error those not yet in place are dropped."""
         waiting = list(names)
+        replaced: list[int] = []
         try:
             while waiting:
+                replaced += self._open_large(waiting[0])
                 os.rename(_temporary(waiting[0]), waiting[0], src_dir_fd=self._fd, dst_dir_fd=self._fd)
                 del waiting[0]
+            self.sync()
+            # Not before the sync: a power cut could take the rename back and leave what was freed.
+            for fd in replaced:
+                _free(fd)
         finally:
             self.discard(waiting)
-        self.sync()
+            for fd in replaced:
+                os.close(fd)
 
     def discard(self, names: Iterable[str]) -> None:
         """Remove the staged files *names*."""
         for name in names:
             self.remove(_temporary(name))
 
-    def _write_new(self, name: str, chunks: Iterable[bytes]) -> WrittenFile:
+    def _open_large(self, name: str) -> list[int]:
+        """A descriptor of *name*, to free it by when it has lost its name; none when that is quick or not possible."""
+        found = self.stat(name)
+        if found is None or not stat.S_ISREG(found.st_mode) or found.st_size <= FREE_BYTES:
+            return []
+        try:
+            return [os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)]
+        except OSError:
+            return []  # not ours to write; it is replaced all the same
+
+    def _write_new(self, name: str, chunks: Iterable[bytes], is_busy: Callable[[], bool]) -> WrittenFile:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self.remove(name)
         fd = os.open(name, flags, 0o600, dir_fd=self._fd)
-        size = checksum = begun = 0
+        size = checksum = asked = begun = 0
+        patience_s, started = PATIENCE_S, time.monotonic()
         try:
-            for chunk in chunks:
-                write_all(fd, chunk)
-                size += len(chunk)
-                checksum = crc32(chunk, checksum)
-                if size - begun >= WRITEBACK_BYTES:
+            for piece in _pieces(chunks):
+                write_all(fd, piece)
+                size += len(piece)
+                checksum = crc32(piece, checksum)
+                if size - asked < PIECE_BYTES:
+                    continue
+                asked = size
+                if is_busy() and patience_s > 0:
+                    # A sync of the journal waits for what the disk has been given before it, so that is kept small.
+                    # The rest is for the processor: who decides, answers and reads shares it with us.
+                    _sync_data(fd)
+                    begun = size
+                    took = time.monotonic() - started
+                    time.sleep(min(took, patience_s))
+                    patience_s -= 2 * took
+                elif size - begun >= WRITEBACK_BYTES:
                     _begin_writeback(fd, begun, size - begun)
                     begun = size
+                started = time.monotonic()
             os.fsync(fd)
             status = os.fstat(fd)
             if status.st_size != size:
@@ -143,6 +189,11 @@ class Directory:
         """The whole content of *name*; errors as ``open_to_read``."""
         with os.fdopen(self.open_to_read(name), "rb") as file:
             return file.read()
+
+    def read_head(self, name: str, size: int) -> bytes:
+        """The first *size* bytes of the regular file *name*; errors as ``open_to_read``."""
+        with os.fdopen(self.open_to_read(name), "rb", buffering=0) as file:
+            return file.read(size)
 
     def stat(self, name: str) -> os.stat_result | None:
         """What *name* is, links not followed; None when there is nothing."""
@@ -198,18 +249,26 @@ class Directory:
         with os.fdopen(self.open_to_read(name), "rb") as file:
             into.write_atomic(new_name or name, iter(lambda: file.read(1 << 20), b""))
 
-    def keep_link(self, name: str, into: Directory) -> None:
+    def keep_link(self, name: str, into: Directory, new_name: str | None = None) -> None:
         """Keep the present content of *name* in *into*: a hard link where possible, since files of ours are replaced
         and never changed in place, else a copy."""
         try:
-            os.link(name, name, src_dir_fd=self._fd, dst_dir_fd=into._fd, follow_symlinks=False)
+            os.link(name, new_name or name, src_dir_fd=self._fd, dst_dir_fd=into._fd, follow_symlinks=False)
             into.sync()
         except OSError:
-            self.keep_copy(name, into)
+            self.keep_copy(name, into, new_name)
 
     def move(self, name: str, into: Directory, new_name: str) -> None:
         """Move *name*, whatever it is, to the directory *into* of the same file system."""
         os.rename(name, new_name, src_dir_fd=self._fd, dst_dir_fd=into._fd)
+        into.sync()
+        self.sync()
+
+    def move_all(self, names: Iterable[str], into: Directory) -> None:
+        """Move *names* to the directory *into* of the same file system; durable when this returns."""
+        for name in names:
+            os.rename(name, name, src_dir_fd=self._fd, dst_dir_fd=into._fd)
+        # In this order: after a power cut a file may stand in both places, but not in none.
         into.sync()
         self.sync()
 
@@ -247,7 +306,17 @@ def _temporary(name: str) -> str:
     return f".{name}.{os.getpid()}.tmp"
 
 
-def write_all(fd: int, data: bytes) -> None:
+def _pieces(chunks: Iterable[bytes]) -> Iterator[bytes | memoryview]:
+    """*chunks*, in parts where they are above PIECE_BYTES."""
+    for chunk in chunks:
+        if len(chunk) <= PIECE_BYTES:
+            yield chunk
+        else:
+            view = memoryview(chunk)
+            yield from (view[start : start + PIECE_BYTES] for start in range(0, len(view), PIECE_BYTES))
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
     """Write all of *data*, however few bytes each call takes."""
     view = memoryview(data)
     while view:
@@ -371,3 +440,36 @@ def _begin_writeback(fd: int, offset: int, size: int) -> None:
     if sys.platform == "linux":
         # The one call of Python that does it: Linux starts writeback of what is dirty and drops only what is clean.
         os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+
+
+def _free(fd: int) -> None:
+    """Give the blocks of a file that has lost its name back, a few at a time.
+
+    Closing it would do so at once, in one transaction of the file system, for which every sync of another file waits:
+    45 ms for 190 MB on ext4.
+    """
+    # Another name is a backup of it. Who has it open reads on in what he opened; then the last to close it frees it.
+    status = os.fstat(fd)
+    if status.st_nlink or not _has_it_alone(fd):
+        return
+    # What cannot be freed now is freed when it is closed.
+    with suppress(OSError):
+        for size in range(status.st_size - FREE_BYTES, 0, -FREE_BYTES):
+            os.ftruncate(fd, size)
+
+
+def _has_it_alone(fd: int) -> bool:
+    """Whether nobody else, in any process, has the file open; False where the system does not tell."""
+    if sys.platform != "linux":
+        return False
+    try:
+        # A write lease is granted only to one who has. Breaking it would send SIGIO, which ends a process; SIGURG does not.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:
+        return False
+    return True
+
+
+_sync_data = os.fdatasync if hasattr(os, "fdatasync") else os.fsync

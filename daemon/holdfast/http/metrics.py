@@ -158,6 +158,7 @@ def _journal_metrics(gauges: Gauges) -> Iterator[Metric]:
     yield _gauge("decided_seq", "The last event that was decided.", gauges.decided_seq)
     yield _gauge("durable_seq", "The last event that is on stable storage.", gauges.durable_seq)
     yield _gauge("snapshot_seq", "The last event that the snapshot files hold.", gauges.snapshot_seq)
+    yield _gauge("archived_seq", "The archive has every event about conversations up to here.", gauges.archived_seq)
     yield _gauge("journal_bytes", "Size of the journal, all segments together.", gauges.journal_bytes)
     yield _gauge(
         "journal_max_bytes", "The setting journal_max: a larger journal is flushed at once.", gauges.journal_bytes_max
@@ -243,12 +244,13 @@ def _follower_metrics(gauges: Gauges) -> Iterator[Metric]:
 def _health_metrics(gauges: Gauges) -> Iterator[Metric]:
     family = _gauges(
         "degraded",
-        "1 for each reason why the data is not all it should be: disk_full (writes are refused), flush_failed, damage "
-        "(found at the start; the evidence is in quarantine/). /readyz has the words.",
+        "1 for each reason why the data is not all it should be: disk_full (writes are refused), flush_failed, "
+        "archive_stalled (conversations cannot be written to archive.db), damage (found at the start; the evidence is in quarantine/). /readyz has the words.",
         "reason",
     )
     family.add_metric(["disk_full"], gauges.is_disk_full)
     family.add_metric(["flush_failed"], gauges.has_flush_failed)
+    family.add_metric(["archive_stalled"], gauges.is_archive_stalled)
     family.add_metric(["damage"], gauges.is_damaged)
     yield family
     yield _gauge(

@@ -61,8 +61,11 @@ TAGS = {
     "orders": "Orders and their completion, which the sales figures count.",
     "users": "User profiles.",
     "collections": "Records of any other kind, under names of your own.",
+    "conversations": "What is said, message by message; it is never changed, and let go in time.",
+    "escalations": "Customers who wait for a human.",
+    "people": "What concerns one person, a phone or user id.",
     "batch": "Many ops in one request.",
-    "stats": "Sales figures.",
+    "stats": "Sales figures, and how much there is.",
     "events": "Every change as it becomes durable.",
     "admin": "What operators ask.",
     "service": "Health, metrics, and this document.",
@@ -225,7 +228,7 @@ class _Builder:
 
     def _parameter(self, where: str, field: Field) -> _Schema:
         key, number = field.name, 1
-        while key in self._parameters and self._parameters[key][0] is not field:
+        while key in _PATH_KEYS or (key in self._parameters and self._parameters[key][0] is not field):
             number += 1
             key = f"{field.name}.{number}"
         schema: _Schema = {
@@ -298,6 +301,9 @@ def _id_of(paths: Paths) -> tuple[str, _Schema]:
         "schema": {"type": "string", "minLength": 1, "maxLength": _ID_CHARS_MAX},
         "example": paths.kind.example.id,
     }
+
+
+_PATH_KEYS = {_id_of(paths)[0] for paths in (*RECORDS.values(), CUSTOM_PATHS)}
 
 
 def _refusals(route: Route[Any], is_open: bool) -> _Refusals:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import structlog
 
 from holdfast import __version__
+from holdfast.care.retention import CHECK_EVERY_S, Daily
 from holdfast.engine import Engine
 from holdfast.errors import HoldfastError, SettingsError, Unavailable
 from holdfast.http.app import HttpService
@@ -162,6 +163,8 @@ class _Daemon:
         supervisor.add(self._flush_interval)
         supervisor.add(Interval("size check", SIZE_CHECK_EVERY_S, self._flush_when_large))
         supervisor.add(Interval("expire", EXPIRE_EVERY_S, engine.expire))
+        retention = Daily(engine, lambda: self._shutdown.is_requested)
+        supervisor.add(Interval("retention", CHECK_EVERY_S, retention.run_when_due))
         supervisor.add(Interval("status", STATUS_EVERY_S, self._tell_status))
         supervisor.add(FileWatch(self._loaded.watch, self._reload_when_changed))
         supervisor.add(_Http(http))

@@ -35,12 +35,15 @@ EVENTS: dict[str, Event] = {
             "pending_orders",
             "completed_orders",
             "users",
+            "conversations",
+            "open_escalations",
             "collections",
             "leases",
             "idempotency_keys",
             "seq",
             "durable_seq",
             "snapshot_seq",
+            "archived_seq",
             "journal_bytes",
             "journal_segments",
             "snapshot_bytes",
@@ -65,6 +68,31 @@ EVENTS: dict[str, Event] = {
     "flush.completed": Event(
         "the snapshots hold everything up to snapshot_seq", ("reason", "duration_ms", "bytes", "files", "snapshot_seq")
     ),
+    "archive.damaged": Event("archive.db cannot be used and is made anew; the old one goes to quarantine/", ("reason",)),
+    "archive.rebuilt": Event(
+        "it was made anew from memory, from what could be read of the old one, and from the journal",
+        ("conversations", "messages", "salvaged", "lost_messages"),
+    ),
+    "archive.stalled": Event("it cannot be written for now; the journal keeps what it needs", ("reason", "action")),
+    "archive.resumed": Event("it can be written again", ()),
+    "archive.failed": Event("a fault inside Holdfast; it is tried again", ("reason", "exception")),
+    "conversations.imported": Event(
+        "what an old bot left was taken over; its files are in backups/imported-TIME/",
+        ("conversations", "messages", "escalations", "broken", "duration_ms"),
+    ),
+    "conversation.import_failed": Event(
+        "a file of an old bot could not be taken over; it is in quarantine/, with a report", ("reason",)
+    ),
+    "mirror.failed": Event(
+        "some of the readable mirror could not be written; it is tried again after the next flush",
+        ("reason", "exception"),
+    ),
+    "mirror.resumed": Event("all of it could be written again"),
+    "retention.completed": Event(
+        "conversations and messages were let go because of their age",
+        ("reason", "archived", "conversations", "messages_deleted", "bytes_freed", "held", "duration_ms"),
+    ),
+    "retention.idle_removed": Event("conversations idle for long were removed", ("deleted", "errors", "held")),
     "flush.failed": Event("the snapshots are as before; the journal has everything", ("reason", "error")),
     "journal.tail_dropped": Event(
         "an unfinished last write was cut off; it was never acknowledged", ("bytes", "segment")

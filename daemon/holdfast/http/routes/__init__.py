@@ -9,7 +9,20 @@ from holdfast.core.state import is_custom_name
 from holdfast.errors import InvalidRecord, MethodNotAllowed, NotFound
 from holdfast.http.reply import Reply
 from holdfast.http.request import Request, decoded_segment
-from holdfast.http.routes import batch, document, events, metrics, orders, records, sessions, status
+from holdfast.http.routes import (
+    batch,
+    cleanup,
+    conversations,
+    document,
+    escalations,
+    events,
+    metrics,
+    orders,
+    records,
+    sessions,
+    stats,
+    status,
+)
 from holdfast.http.routes.backend import Backend
 from holdfast.http.routes.kinds import Paths, Place, RecordHandler
 from holdfast.http.routes.route import H, Methods, Route
@@ -29,7 +42,14 @@ class OtherMethod(MethodNotAllowed):
         self.allowed = allowed
 
 
-RECORDS = {"sessions": sessions.PATHS, "orders": orders.PATHS, "users": records.USER_PATHS}
+RECORDS = {
+    "sessions": sessions.PATHS,
+    "orders": orders.PATHS,
+    "users": records.USER_PATHS,
+    "conversations": conversations.PATHS,
+    "escalations": escalations.PATHS,
+    "people": conversations.PEOPLE_PATHS,
+}
 """By the name that stands in the path and in the engine."""
 
 _FIXED: Mapping[tuple[str, ...], Methods[Handler]] = {
@@ -42,8 +62,10 @@ _FIXED: Mapping[tuple[str, ...], Methods[Handler]] = {
     ("v1", "batch"): {"POST": batch.batch},
     ("v1", "collections"): {"GET": records.names},
     ("v1", "events"): {"GET": events.events},
-    ("v1", "stats", "sales"): {"GET": status.sales},
+    ("v1", "stats", "sales"): {"GET": stats.sales},
+    ("v1", "stats", "storage"): {"GET": stats.storage},
     ("v1", "admin", "status"): {"GET": status.report},
+    ("v1", "admin", "cleanup"): {"POST": cleanup.cleanup},
     ("v1", "admin", "flush"): {"POST": status.flush},
     ("v1", "admin", "reload"): {"POST": status.reload},
 }

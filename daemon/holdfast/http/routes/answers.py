@@ -40,8 +40,20 @@ class Granted(Written, frozen=True):
     expires_at: Moment
 
 
+class Appended(Written, frozen=True):
+    """What messages yielded.
+
+    Attributes:
+        id: the conversation's.
+        version: of the conversation from now on.
+        numbers: of the messages, in their order; one that was delivered before has its old number.
+    """
+
+    numbers: list[Count]
+
+
 class Item(msgspec.Struct, frozen=True):
-    """A record in a list."""
+    """A record in a list; of messages, the id is the number and the version 1."""
 
     id: str
     version: Count
@@ -57,6 +69,92 @@ class Page(msgspec.Struct, frozen=True):
 
     items: list[Item]
     next: str | None
+
+
+class ConversationMessage(msgspec.Struct, frozen=True):
+    """A message of a conversation.
+
+    Attributes:
+        number: counted from 1 in each conversation; one that was removed leaves a gap.
+        role: system, user, assistant, tool.
+        author: bot, agent, customer; null where nobody said.
+        tokens_used: null where nobody counted.
+        metadata: whatever was given, with `channel` and `external_id`.
+    """
+
+    number: Count
+    role: str
+    content: str
+    author: str | None
+    tokens_used: Count | None
+    created_at: Moment
+    metadata: dict[str, Any]
+
+
+class Conversation(msgspec.Struct, frozen=True):
+    """A conversation; fields of the caller's own stand beside these.
+
+    Attributes:
+        title: the first 50 characters of the first user message, unless another was given.
+        updated_at: when the newest message was created.
+        handler: who may speak: bot, waiting (an escalation is open), human.
+        message_count: without those of the system.
+        system_count: those of the system.
+        tokens_used: of all messages.
+        last_number: of the newest message.
+        messages: all of them in order, unless they were not asked for.
+    """
+
+    id: str
+    title: str | None
+    user_id: str | None
+    session_id: str | None
+    created_at: Moment | None
+    updated_at: Moment | None
+    escalated: bool
+    archived: bool
+    handler: str
+    message_count: Count
+    system_count: Count
+    tokens_used: Count
+    last_number: Count
+    messages: list[ConversationMessage] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Window(msgspec.Struct, frozen=True):
+    """The newest messages that fit, oldest first.
+
+    Attributes:
+        tokens_used: what they take together; a message whose tokens nobody counted counts one for 4 characters.
+    """
+
+    items: list[Item]
+    tokens_used: Count
+    next: None = None
+
+
+class Escalation(msgspec.Struct, frozen=True):
+    """A customer who waits for a human, waited for one, or has one.
+
+    Attributes:
+        id: the conversation's.
+        contact_info: how the customer is reached.
+        priority: low, high.
+        status: pending; claimed, resolved.
+        assignee: who has claimed it.
+    """
+
+    id: str
+    conversation_id: str
+    reason: str
+    contact_info: dict[str, Any] | None
+    priority: str
+    status: str
+    assignee: str | None
+    opened_at: Moment
+    updated_at: Moment
+    claimed_at: Moment | None
+    resolved_at: Moment | None
 
 
 class CollectionCount(msgspec.Struct, frozen=True):
@@ -117,11 +215,92 @@ class Totals(msgspec.Struct, frozen=True):
     allTimeCompleted: int
 
 
+class Period(msgspec.Struct, frozen=True, rename={"begins": "from", "ends": "to"}):
+    """The sales figures of a day, week or month.
+
+    Attributes:
+        period: its name in ISO 8601.
+        totalOrders: those of one product when only that was asked for.
+        completedOrders: not known by product, and left out when one was asked for.
+        totalRevenue: as `completedOrders`.
+    """
+
+    period: str
+    begins: Annotated[str, Meta(extra_json_schema={"format": "date"})]
+    ends: Annotated[str, Meta(extra_json_schema={"format": "date"})]
+    totalOrders: int
+    productTypes: dict[str, int]
+    completedOrders: int | msgspec.UnsetType = msgspec.UNSET
+    totalRevenue: Money | msgspec.UnsetType = msgspec.UNSET
+
+
 class Sales(msgspec.Struct, frozen=True):
-    """The sales figures, as in ``sales_stats.json``: keys that another program left there stay."""
+    """The sales figures, as in ``sales_stats.json``: keys that another program left there stay.
+
+    Attributes:
+        periods: the days asked for, added up; there only when the request has a parameter.
+    """
 
     daily: list[Day]
     totals: Totals
+    periods: list[Period] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Storage(msgspec.Struct, frozen=True):
+    """How much there is.
+
+    Attributes:
+        total: conversations.
+        active: not archived, and updated in the last 30 days.
+        old: not archived, and not updated for 90 days.
+        archived: archived ones.
+        escalated: those that are or were escalated.
+        messages: all of them, those of the system as well.
+        messages_last_30_days: by `created_at`.
+        tokens: of all messages.
+        bytes: what the archive takes on the disk.
+        escalated_share: of all conversations, 0 to 1.
+        average_messages: of a conversation, without those of the system.
+    """
+
+    total: Count
+    active: Count
+    old: Count
+    archived: Count
+    escalated: Count
+    messages: Count
+    system_messages: Count
+    messages_last_30_days: Count
+    tokens: Count
+    bytes: Count
+    escalated_share: float
+    average_messages: float
+
+
+class Cleaned(msgspec.Struct, frozen=True, kw_only=True):
+    """What went, or in a dry run would go.
+
+    Attributes:
+        archived: conversations that were archived.
+        conversations: those that lost messages.
+        messages_deleted: these messages.
+        bytes_freed: their size; the archive uses the room for new ones.
+        deleted: idle conversations that were removed.
+        errors: those that could not be.
+        held: conversations that a legal hold kept.
+        remaining: not 0 when there is more to do than `limit` allowed.
+        storage: the figures afterwards.
+    """
+
+    archived: Count = 0
+    conversations: Count = 0
+    messages_deleted: Count = 0
+    bytes_freed: Count = 0
+    deleted: Count = 0
+    errors: Count = 0
+    held: Count = 0
+    remaining: Count = 0
+    storage: dict[str, Any] = {}
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -172,6 +351,7 @@ class StatusReport(msgspec.Struct, frozen=True):
         seq: of the last change.
         durable_seq: every change up to here is synced.
         snapshot_seq: the snapshot files hold every change up to here.
+        archived_seq: the archive holds every change of conversations up to here.
         collections: records in each custom collection.
         degraded: what is wrong with the data all the same.
     """
@@ -186,12 +366,15 @@ class StatusReport(msgspec.Struct, frozen=True):
     pending_orders: Count
     completed_orders: Count
     users: Count
+    conversations: Count
+    open_escalations: Count
     collections: dict[str, Count]
     leases: Count
     idempotency_keys: Count
     seq: Count
     durable_seq: Count
     snapshot_seq: Count
+    archived_seq: Count
     journal_bytes: Count
     journal_segments: Count
     snapshot_bytes: Count

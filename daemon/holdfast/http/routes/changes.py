@@ -72,6 +72,8 @@ def answer_reply(answer: Answer) -> Reply:
     """*answer* as a client sees it."""
     if answer.status == 204:
         return Reply(204)
+    if answer.numbers is not None:
+        return json_reply(answers.Appended(answer.id, answer.version, answer.seq, answer.numbers))
     if answer.generation is None and answer.expires_at is None:
         body = b'{"id":%b,"version":%d,"seq":%d}' % (encode_json(answer.id), answer.version, answer.seq)
         return Reply(answer.status, body)

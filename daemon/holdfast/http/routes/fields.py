@@ -14,7 +14,7 @@ from holdfast.http.request import Request
 from holdfast.http.routes.backend import Backend
 from holdfast.http.routes.route import Field
 from holdfast.ops import ANY_VERSION, Retry, Seconds
-from holdfast.settings import LimitSettings
+from holdfast.settings import LimitSettings, parse_duration
 
 PAGE_DEFAULT = 100
 INTEGER_DIGITS_MAX = 18
@@ -42,6 +42,7 @@ SINCE = Field(
     "without an offset it is read in `stats.timezone`.",
     example="2026-11-21T06:00:00Z",
 )
+UNTIL = Field("until", "Only what is before this moment, written as for `since`.", example="2026-11-22T06:00:00+01:00")
 STATE = Field("state", "Only sessions with this `currentState`, orders with this `status`.", example="pending")
 TTL = Field(
     "ttl",
@@ -198,13 +199,57 @@ def limit(query: dict[str, str], limit_max: int) -> int:
     return wanted
 
 
-def since_ms(query: dict[str, str], backend: Backend) -> int | None:
-    """The moment from which on records are wanted, in ms since 1970.
+def positive(query: dict[str, str], name: str) -> int | None:
+    """The parameter *name* as a whole number of 1 or more.
+
+    Raises:
+        BadRequest: it is none.
+    """
+    text = query.get(name)
+    if text is None:
+        return None
+    found = integer(text, name)
+    if not found:
+        raise BadRequest(f"expected 1 or more as {name}, found 0")
+    return found
+
+
+def flag(query: dict[str, str], name: str) -> bool | None:
+    """The parameter *name* as a yes or no.
+
+    Raises:
+        BadRequest: it is neither ``true`` nor ``false``.
+    """
+    text = query.get(name)
+    if text is None:
+        return None
+    if text not in ("true", "false"):
+        raise BadRequest(f"expected {name} to be true or false, found {text!a:.80}")
+    return text == "true"
+
+
+def span_s(query: dict[str, str], name: str) -> float | None:
+    """The parameter *name* as a duration in seconds.
+
+    Raises:
+        BadRequest: it is none, or negative.
+    """
+    text = query.get(name)
+    if text is None:
+        return None
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise BadRequest(f"{name}: {error}") from None
+
+
+def moment_ms(query: dict[str, str], backend: Backend, name: str = "since") -> int | None:
+    """The moment in the parameter *name*, in ms since 1970.
 
     Raises:
         BadRequest: not ISO 8601.
     """
-    text = query.get("since")
+    text = query.get(name)
     if text is None:
         return None
     # An offset of +02:00 that was not percent-encoded arrives with a space.
@@ -213,7 +258,7 @@ def since_ms(query: dict[str, str], backend: Backend) -> int | None:
             return parse_ms(candidate, backend.zone)
         except (ValueError, OverflowError):
             continue
-    raise BadRequest(f"expected since as ISO 8601, such as 2026-11-21T06:00:00Z, found {text!a:.80}")
+    raise BadRequest(f"expected {name} as ISO 8601, such as 2026-11-21T06:00:00Z, found {text!a:.80}")
 
 
 def _agreed(first: str | None, second: str, where: str) -> str:

@@ -26,18 +26,19 @@ class Example(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """Sessions, orders, users, or the records of custom collections.
+    """Sessions, orders, users, the records of custom collections, or what has paths of its own.
 
     Attributes:
+        put, patch, delete: its ops; None where it has no such one.
         list_query: the parameters of its lists.
         takes_lease: it is written under a lease, if there is one, and has a ttl of its own.
         is_custom: its ops name the collection as well.
     """
 
     noun: str
-    put: type[Any]
-    patch: type[Any]
-    delete: type[Any]
+    put: Any
+    patch: Any
+    delete: Any
     example: Example
     list_query: tuple[Field, ...] = (LIMIT, CURSOR, SINCE)
     takes_lease: bool = False

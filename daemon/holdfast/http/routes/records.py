@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from holdfast.errors import HoldfastError, InvalidRecord, Leased, NotFound
-from holdfast.http.reply import Reply, encode_json, json_reply
+from holdfast.http.reply import Reply, json_reply
 from holdfast.http.request import Request
 from holdfast.http.routes import answers
 from holdfast.http.routes.backend import Backend
@@ -20,31 +20,34 @@ from holdfast.http.routes.fields import (
     LEASE_QUERY,
     SEEN,
     TTL,
-    has_seen,
     limit,
-    since_ms,
+    moment_ms,
 )
+from holdfast.http.routes.found import page_reply, record_reply
 from holdfast.http.routes.kinds import Example, Kind, Paths, Place, RecordHandler
 from holdfast.http.routes.route import Body, Field, Methods, Outcome, route, text_of
-from holdfast.ops import RecordDelete, RecordPatch, RecordPut, UserDelete, UserPatch, UserPut
+from holdfast.ops import Record, RecordDelete, RecordPatch, RecordPut, UserDelete, UserPatch, UserPut
 from holdfast.values import decode_object
 
-if TYPE_CHECKING:
-    from holdfast.ops import Page
-
 _Errors = tuple[type[HoldfastError], ...]
+
+
+def existing(backend: Backend, place: Place) -> Record:
+    """The record at *place*.
+
+    Raises:
+        NotFound: there is none.
+    """
+    record = backend.engine.get(place.collection, place.id)
+    if record is None:
+        raise NotFound(f"no {place.kind.noun} {place.id!r:.80}")
+    return record
 
 
 async def get(backend: Backend, request: Request, place: Place) -> Reply:
     """One record, as it was stored."""
     request.query()
-    record = backend.engine.get(place.collection, place.id)
-    if record is None:
-        raise NotFound(f"no {place.kind.noun} {place.id!r:.80}")
-    tag = f'"{record.version}"'
-    if has_seen(request, tag):
-        return Reply(304, headers=f"ETag: {tag}\r\n")
-    return Reply(200, record.value, f"ETag: {tag}\r\n")
+    return record_reply(request, existing(backend, place))
 
 
 async def page(backend: Backend, request: Request, place: Place) -> Reply:
@@ -56,17 +59,10 @@ async def page(backend: Backend, request: Request, place: Place) -> Reply:
         place.collection,
         limit=limit(query, backend.settings.limits.page),
         cursor=query.get("cursor"),
-        since_ms=since_ms(query, backend),
+        since_ms=moment_ms(query, backend),
         state=query.get("state"),
     )
-    return Reply(200, _encode_page(found))
-
-
-def _encode_page(found: Page) -> bytes:
-    items = b",".join(
-        b'{"id":%b,"version":%d,"value":%b}' % (encode_json(item.id), item.version, item.value) for item in found.items
-    )
-    return b'{"items":[%b],"next":%b}' % (items, encode_json(found.next))
+    return page_reply(found)
 
 
 async def put(backend: Backend, request: Request, place: Place) -> Reply:

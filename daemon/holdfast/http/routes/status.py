@@ -70,32 +70,6 @@ async def index(backend: Backend, request: Request) -> Reply:
 @route(
     Outcome(
         200,
-        "The figures.",
-        answers.Sales,
-        {
-            "daily": [
-                {
-                    "date": "2026-11-21",
-                    "totalOrders": 1,
-                    "completedOrders": 1,
-                    "totalRevenue": 84900.5,
-                    "productTypes": {"music": 1},
-                }
-            ],
-            "totals": {"allTimeOrders": 1, "allTimeRevenue": 84900.5, "allTimeCompleted": 1},
-        },
-    ),
-    name="sales",
-)
-async def sales(backend: Backend, request: Request) -> Reply:
-    """The sales figures, as in ``sales_stats.json``."""
-    request.query()
-    return Reply(200, backend.engine.sales())
-
-
-@route(
-    Outcome(
-        200,
         "The report.",
         answers.StatusReport,
         {
@@ -109,12 +83,15 @@ async def sales(backend: Backend, request: Request) -> Reply:
             "pending_orders": 1,
             "completed_orders": 0,
             "users": 1,
+            "conversations": 1,
+            "open_escalations": 0,
             "collections": {"notes": 1},
             "leases": 0,
             "idempotency_keys": 0,
             "seq": 4,
             "durable_seq": 4,
             "snapshot_seq": 0,
+            "archived_seq": 4,
             "journal_bytes": 812,
             "journal_segments": 1,
             "snapshot_bytes": 0,

@@ -1,0 +1,1 @@
+"""Transcripts on the disk: an archive that follows the journal."""

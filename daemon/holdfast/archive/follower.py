@@ -1,0 +1,407 @@
+"""Bringing the events about conversations into the archive, in a thread of its own.
+
+Lazy while nobody looks, since many events in one transaction cost little more than one; at once for a reader. It
+follows what is synced: what a power cut could still take out of the journal must not be in the archive.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import orjson
+
+from holdfast.archive.base import (
+    ARCHIVED_OPS,
+    Archive,
+    ArchiveDamaged,
+    ArchiveError,
+    ConversationQuery,
+    Escalation,
+    Head,
+)
+from holdfast.clock import parse_ms
+from holdfast.core.backlog import Backlog
+from holdfast.core.event import Event, StoredMessage, decode_event
+from holdfast.disk.tail import Tail, oldest_seq
+from holdfast.errors import Gone, Unavailable
+
+LAZY_S = 0.05
+"""How long events may gather before they are archived, when no reader waits."""
+
+RETRY_S = 1.0
+"""After an error of the archive."""
+
+READ_WAIT_S = 10.0
+"""The longest that a reader waits for the archive to have what it may expect."""
+
+JOURNAL_READ_BYTES = 1 << 20
+
+
+class Place(Protocol):
+    """Where an archive is kept, and how a damaged one is replaced."""
+
+    def open(self) -> Archive | None:
+        """The archive; None when there is none.
+
+        Raises:
+            ArchiveDamaged: it has to be made anew.
+            DataRefused: a newer Holdfast wrote it.
+        """
+
+    def create(self) -> Archive:
+        """An empty archive, where there is none."""
+
+    def begin(self) -> Archive:
+        """An empty archive beside the one that is there."""
+
+    def salvage(self) -> Iterable[tuple[str, list[StoredMessage]]]:
+        """What can be read of the damaged archive: some messages of one conversation at a time."""
+
+    def adopt(self, archive: Archive) -> Archive:
+        """Put the archive that ``begin`` gave in the place of the one that is there, which is kept as evidence."""
+
+
+class Source(NamedTuple):
+    """Where the follower takes from: the writer's side of it.
+
+    Attributes:
+        lock: the engine's, under which *backlog* is used.
+        journal: its directory.
+        synced_seq: gives the last event that would survive a power cut.
+        settle: has the writer sync what is acknowledged but not synced; returns at once.
+        heads, escalations: everything in memory, for an archive that begins anew.
+    """
+
+    lock: threading.Lock
+    backlog: Backlog
+    journal: Path
+    synced_seq: Callable[[], int]
+    settle: Callable[[], None]
+    heads: Callable[[], Iterable[Head]]
+    escalations: Callable[[], Iterable[Escalation]]
+
+
+class Follower:
+    """Keeps one archive up to date with one engine; from ``start`` to ``close``.
+
+    Attributes:
+        failure: why it cannot write for now; None when it can.
+        lost_messages: how many messages a damaged archive took with it.
+    """
+
+    def __init__(self, place: Place, source: Source, log: Any) -> None:
+        """Open the archive in *place* or, when that cannot be done now, have the thread open it later.
+
+        Raises:
+            DataRefused: a newer Holdfast wrote it.
+        """
+        self.failure: str | None = None
+        self.lost_messages = 0
+        self._place = place
+        self._source = source
+        self._log = log
+        self._changed = threading.Condition()
+        self._hurry = threading.Event()
+        self._wanted_seq = 0
+        self._wanted_durable_seq = 0
+        self._is_closing = False
+        self._archive: Archive | None = None
+        # Why there is no archive that could be used; empty for one that never was.
+        self._damage: str | None = None
+        self._rebuilt: _Rebuilt | None = None
+        try:
+            self._open()
+        except (ArchiveError, OSError) as error:
+            self._note_failure(str(error))  # a full disk, say; the thread tries again
+        self._thread = threading.Thread(target=self._run, name="holdfast-archive", daemon=True)
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self._thread.start()
+
+    @property
+    def archived_seq(self) -> int:
+        """Everything up to here is in the archive."""
+        archive = self._archive
+        return 0 if archive is None or self._damage is not None else archive.archived_seq
+
+    @property
+    def covered_seq(self) -> int:
+        """Every event about conversations up to here is in the archive; there may have been none of late."""
+        synced_seq = self._source.synced_seq()
+        return synced_seq if self._damage is None and not self._has_events() else self.archived_seq
+
+    @property
+    def durable_seq(self) -> int:
+        """Everything up to here is in it and would survive a power cut: what the journal need not keep for it."""
+        archive = self._archive
+        return 0 if archive is None or self._damage is not None else archive.durable_seq
+
+    @property
+    def present(self) -> Archive | None:
+        """The archive as it is now, behind or not; None when there is none that could be used."""
+        return None if self._damage is not None else self._archive
+
+    @property
+    def lag(self) -> int:
+        """How many events about conversations wait to be archived; at least so many, when it is far behind."""
+        return len(self._source.backlog)
+
+    def committed(self) -> None:
+        """Something may be synced that was not; called by the writer."""
+        if self._has_events():
+            with self._changed:
+                self._changed.notify_all()
+
+    def archive(self, timeout: float = READ_WAIT_S) -> Archive:
+        """The archive, once it has every event about conversations that anybody was told of; blocks until then.
+
+        Raises:
+            Unavailable: *timeout* seconds have passed, or it is closed.
+        """
+        source = self._source
+        target = source.backlog.last_seq
+        if self._has(target):
+            assert self._archive is not None
+            return self._archive
+        with self._changed:
+            self._wanted_seq = max(self._wanted_seq, target)
+            self._hurry.set()
+            self._changed.notify_all()
+        if source.synced_seq() < target:
+            source.settle()
+        with self._changed:
+            # An event that is taken back meanwhile, on a full disk, is waited for no longer.
+            self._changed.wait_for(lambda: self._is_closing or self._has(min(target, source.backlog.last_seq)), timeout)
+        archive = self._archive
+        if archive is None or not self._has(min(target, source.backlog.last_seq)):
+            reason = "closed" if self._is_closing else self.failure or self._damage or "behind"
+            raise Unavailable(f"the archive does not have the newest messages yet ({reason}); try again soon")
+        return archive
+
+    def catch_up(self, seq: int, timeout: float) -> bool:
+        """Have the archive hold everything up to *seq*, on stable storage; whether it does within *timeout* seconds."""
+        if not self._thread.is_alive():
+            return False
+        with self._changed:
+            self._wanted_durable_seq = max(self._wanted_durable_seq, seq)
+            self._hurry.set()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._is_closing or self.durable_seq >= seq, timeout)
+        return self.durable_seq >= seq
+
+    def report_damage(self, error: ArchiveDamaged) -> None:
+        """A reader found that the archive cannot be read: have it made anew."""
+        with self._changed:
+            if self._damage is None:
+                self._damage = str(error)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End, after what is synced is archived as far as that is possible at once."""
+        with self._changed:
+            self._is_closing = True
+            self._hurry.set()
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._archive is not None:
+            with suppress(ArchiveError, ArchiveDamaged):
+                self._archive.close()
+
+    def _has(self, seq: int) -> bool:
+        return self._damage is None and self._archive is not None and self._archive.archived_seq >= seq
+
+    def _has_events(self) -> bool:
+        backlog = self._source.backlog
+        first_seq = backlog.first_seq
+        return backlog.since > self.archived_seq or (first_seq is not None and first_seq <= self._source.synced_seq())
+
+    def _has_work(self) -> bool:
+        return (
+            self._is_closing
+            or self._archive is None
+            or self._damage is not None
+            or self._has_events()
+            or self._wanted_durable_seq > self.durable_seq
+        )
+
+    # The thread.
+
+    def _open(self) -> None:
+        synced_seq = self._source.synced_seq()
+        try:
+            archive = self._place.open()
+        except ArchiveDamaged as error:
+            self._damage = str(error)
+            return
+        if (archive is None or not archive.archived_seq) and next(iter(self._source.heads()), None) is None:
+            # Nothing to begin with, so nothing to be made anew: what happened to conversations that are gone is over.
+            archive = archive or self._place.create()
+            archive.apply([], synced_seq)
+        elif archive is None:
+            self._damage = ""
+        elif archive.archived_seq > synced_seq:
+            self._damage = f"it holds events up to {archive.archived_seq}, the journal ends at {synced_seq}"
+        self._archive = archive
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._has_work)
+                is_closing = self._is_closing
+            if not is_closing and self._damage is None:
+                self._hurry.wait(LAZY_S)
+            self._hurry.clear()
+            reason: str | None = None
+            try:
+                if self._archive is None and self._damage is None:
+                    self._open()
+                elif self._damage is not None:
+                    self._begin_anew(self._damage)
+                else:
+                    self._step()
+            except ArchiveDamaged as error:
+                self._damage = str(error)
+            except Gone as error:
+                self._damage = f"it is older than the journal: {error}"
+            except (ArchiveError, OSError) as error:
+                reason = str(error)
+            except Exception as error:  # a fault of ours must end neither the archive for good nor anything else
+                reason = repr(error)
+                self._log.exception("archive.failed", reason=reason)
+            self._note_failure(reason)
+            with self._changed:
+                self._changed.notify_all()
+                if is_closing or (reason is not None and self._changed.wait_for(lambda: self._is_closing, RETRY_S)):
+                    return
+
+    def _step(self) -> None:
+        source, archive = self._source, self._archive
+        assert archive is not None
+        synced_seq = source.synced_seq()
+        with source.lock:
+            since = source.backlog.since
+            events = source.backlog.take(synced_seq)
+        if archive.archived_seq < since:
+            # What waited was too much to be kept, or could not be stored when it was taken; it stands in the journal.
+            self._read_journal(archive, since)
+        if events or self._wanted_durable_seq > archive.archived_seq:
+            archive.apply(events, synced_seq)
+        if self._rebuilt is not None:
+            self._tell_rebuilt(archive, self._rebuilt)
+        if self._wanted_durable_seq > archive.durable_seq:
+            archive.checkpoint()
+            # Whoever wants more than there is waits for its own time to pass, and not here in a circle.
+            self._wanted_durable_seq = 0
+
+    def _read_journal(self, archive: Archive, up_to: int) -> None:
+        tail = Tail(self._source.journal, archive.archived_seq)
+        try:
+            while tail.position < up_to and not self._is_closing:
+                events: list[tuple[int, Event]] = []
+                for line in tail.read(up_to, JOURNAL_READ_BYTES):
+                    event = decode_event(line.payload)
+                    members = event.events or [] if event.op == "batch" else [event]
+                    events += [(line.seq, one) for one in members if one.op in ARCHIVED_OPS]
+                archive.apply(events, tail.position)
+        finally:
+            tail.close()
+
+    def _begin_anew(self, damage: str) -> None:
+        """Make the archive anew: heads from memory, messages from what is left of the old one, then the journal.
+
+        The old one stays in its place until the new one is complete, so that this can be broken off at any moment.
+        """
+        source = self._source
+        if damage:
+            self._log.error("archive.damaged", reason=damage)
+        if self._archive is not None:
+            self._archive.close()
+            self._archive = None
+        synced_seq = source.synced_seq()
+        with source.lock:
+            # From here on the backlog has what is new; what was before comes from memory and the journal.
+            source.backlog.take(synced_seq)
+        archive = self._place.begin()
+        try:
+            heads = list(source.heads())
+            newest_seq = source.backlog.last_seq
+            last_numbers = {head.id: orjson.loads(head.value)["last_number"] for head in heads}
+            archive.fill(heads, source.escalations())
+            salvaged = 0
+            for id, messages in self._place.salvage() if damage else ():
+                if self._is_closing:
+                    raise ArchiveError("closed while the archive was made anew")
+                # What has a higher number was never acknowledged, or its event is lost; the number is given again.
+                whole = [message for message in messages if message.number <= last_numbers.get(id, 0)]
+                salvaged += archive.fill_messages(id, whole)
+            archive.apply([], max(0, oldest_seq(source.journal) - 1))
+            self._read_journal(archive, synced_seq)
+            if self._is_closing:
+                raise ArchiveError("closed while the archive was made anew")
+        except BaseException:
+            archive.close()
+            raise
+        self._archive = self._place.adopt(archive)
+        self._damage = None
+        if damage or heads:
+            self._rebuilt = _Rebuilt(newest_seq, salvaged, is_first=not damage)
+            self._tell_rebuilt(self._archive, self._rebuilt)
+
+    def _tell_rebuilt(self, archive: Archive, rebuilt: _Rebuilt) -> None:
+        """Say what an archive made anew has and lacks, once it has come to where the heads were that it began with."""
+        if archive.archived_seq < min(rebuilt.newest_seq, self._source.backlog.last_seq):
+            return
+        self._rebuilt = None
+        self.lost_messages, conversations, messages = _loss(archive)
+        if rebuilt.is_first and not self.lost_messages:
+            return
+        self._log.warning(
+            "archive.rebuilt",
+            conversations=conversations,
+            messages=messages,
+            salvaged=rebuilt.salvaged,
+            lost_messages=self.lost_messages,
+        )
+
+    def _note_failure(self, reason: str | None) -> None:
+        if reason is not None and self.failure is None:
+            self._log.error(
+                "archive.stalled", reason=reason, action="it is tried again; the journal keeps what it needs"
+            )
+        elif reason is None and self.failure is not None:
+            self._log.info("archive.resumed")
+        self.failure = reason
+
+
+class _Rebuilt(NamedTuple):
+    """An archive that was made anew.
+
+    Attributes:
+        newest_seq: of the newest of the heads that it began with.
+        salvaged: messages saved from the old one.
+        is_first: there was none.
+    """
+
+    newest_seq: int
+    salvaged: int
+    is_first: bool
+
+
+def _loss(archive: Archive) -> tuple[int, int, int]:
+    """How many messages are missing in *archive*, and how many conversations and messages it has."""
+    there = archive.message_counts()
+    missing = conversations = 0
+    after: tuple[int, str] | None = None
+    while heads := archive.conversations(ConversationQuery(limit=1_000, after=after)):
+        for head in heads:
+            said = orjson.loads(head.value)
+            missing += max(0, said["message_count"] + said["system_count"] - there.get(head.id, 0))
+        conversations += len(heads)
+        after = parse_ms(said["updated_at"]), heads[-1].id
+    return missing, conversations, sum(there.values())

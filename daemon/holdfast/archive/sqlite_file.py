@@ -1,0 +1,260 @@
+"""The file of the SQLite archive: how it is opened, told from other files, and brought to the present schema."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+from importlib.resources import files
+from pathlib import Path
+
+from holdfast.archive.base import ArchiveDamaged, ArchiveError
+from holdfast.errors import DataRefused
+
+APPLICATION_ID = 0x486F6C64
+"""``Hold``, at byte 68 of the file: so ``file`` and we know it from other SQLite databases."""
+
+PAGE_BYTES = 2048
+"""Half of what is usual: 500 short turns in one conversation take 86 KiB instead of 112, as fast (1024: 73 KiB, but long
+messages and later the full-text index would be chains of pages)."""
+
+WAL_BYTES_MAX = 4 << 20
+"""Of archive.db-wal: a checkpoint is due behind this, and so much of it stays, so that a full disk leaves room to go on."""
+
+BUSY_MS = 5_000
+"""How long somebody else, such as an operator's sqlite3 shell, is waited for."""
+
+LOG, LOG_INDEX = "-wal", "-shm"
+"""What SQLite keeps beside the file while it is open: the write-ahead log, and where in it which page stands."""
+
+_SIDE_FILES = (LOG, LOG_INDEX, "-journal")
+"""All that it may open there; the last one while it creates the file."""
+
+_MAGIC = b"SQLite format 3\0"
+HEADER_BYTES = 100
+_WRITER_CACHE_KIB, _READER_CACHE_KIB = 8_000, 2_000
+
+_DAMAGE = frozenset(
+    {
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_FORMAT,
+        # Our statements fit our schema, and our rows its constraints; when they do not, it is not our schema.
+        sqlite3.SQLITE_ERROR,
+        sqlite3.SQLITE_CONSTRAINT,
+        sqlite3.SQLITE_MISMATCH,
+    }
+)
+_DAMAGED_READS = frozenset({sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_CORRUPTFS, 8202})
+"""Extended codes; 8202 is SQLITE_IOERR_DATA, which Python does not name: a checksum of the file system's is wrong."""
+
+_SYNC_FAILED = frozenset({sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC})
+
+
+SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
+"""How SQLite fails; the second where the text of its error quotes a damaged schema, which is no text."""
+
+
+def our_error(error: Exception, path: Path) -> ArchiveError | ArchiveDamaged:
+    """What to raise for *error*: whether the file at *path* is damaged, or there is something to wait for."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if isinstance(error, UnicodeDecodeError):
+        return ArchiveDamaged(f"{path} has a schema that is no text: {error}; it has to be made anew")
+    if code is None:
+        if isinstance(error, sqlite3.OperationalError):
+            return ArchiveDamaged(f"{path} holds text that is none: {error}; it has to be made anew")
+        return ArchiveError(f"{path} cannot be used: {error}")
+    if code & 0xFF in _DAMAGE or code in _DAMAGED_READS:
+        return ArchiveDamaged(f"{path} is damaged: {error}; it has to be made anew")
+    if code & 0xFF == sqlite3.SQLITE_FULL:
+        return ArchiveError(f"no room to write {path}: {error}; free space")
+    if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return ArchiveError(f"another program holds {path}: {error}; end it")
+    return ArchiveError(f"{path} cannot be used: {error}; check the disk and the file's permissions")
+
+
+def is_failed_sync(error: BaseException | None) -> bool:
+    """Whether the disk refused to sync; what is not durable yet may be gone though it can still be read."""
+    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", None) in _SYNC_FAILED
+
+
+def prepare(path: Path) -> None:
+    """Create the file *path* (0600) when it is missing, and look at it before SQLite does.
+
+    Raises:
+        ArchiveDamaged: no SQLite database, or the database of another program.
+        ArchiveError: not ours to read and write; no room.
+        DataRefused: a link, a directory or a device in its place, or made by a newer Holdfast; nothing was touched.
+    """
+    try:
+        for side in _SIDE_FILES:
+            _make_private(path.with_name(path.name + side), os.O_RDWR)
+        header = _make_private(path, os.O_RDWR | os.O_CREAT)
+        parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+    except OSError as error:
+        raise ArchiveError(f"{path} cannot be opened: {error.strerror}; check the disk and its permissions") from error
+    check_header(path, header)
+
+
+def check_header(path: Path, header: bytes) -> None:
+    """Refuse what the first HEADER_BYTES of the file *path* say is not ours, or newer than we are; errors as ``check_identity``."""
+    if header:
+        if len(header) < HEADER_BYTES or not header.startswith(_MAGIC):
+            raise ArchiveDamaged(f"{path} is no SQLite database; it has to be made anew")
+        check_identity(path, int.from_bytes(header[68:72]), int.from_bytes(header[60:64]))
+
+
+def _make_private(path: Path, flags: int) -> bytes:
+    """Give the regular file *path* the mode 0600; its first bytes, none when it is missing and not created."""
+    try:
+        # Without O_NONBLOCK opening a pipe would wait for a writer for ever.
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        if path.is_symlink() or path.is_dir():
+            raise DataRefused(f"{path} is not a regular file; move away what is there") from error
+        raise
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise DataRefused(f"{path} is not a regular file; move away what is there")
+        if status.st_mode & 0o177:
+            os.fchmod(fd, 0o600)
+        return os.pread(fd, HEADER_BYTES, 0)
+    finally:
+        os.close(fd)
+
+
+def check_identity(path: Path, application_id: int, version: int) -> None:
+    """Refuse what is not ours, or newer than we are.
+
+    Raises:
+        ArchiveDamaged: the database of another program.
+        DataRefused: made by a newer Holdfast.
+    """
+    if application_id != APPLICATION_ID and (application_id or version):
+        raise ArchiveDamaged(
+            f"{path} is the database of another program: application_id {application_id:#x}; move it away"
+        )
+    newest = len(_migrations())
+    if version > newest:
+        raise DataRefused(
+            f"{path} has schema version {version}, this Holdfast knows up to {newest}; install the newer one again"
+        )
+
+
+def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
+    """A connection that any thread may use, one at a time; every failure is one of ``SQLITE_ERRORS``."""
+    connection = _connect(path, "mode=rw" if writable else "mode=ro")
+    try:
+        connection.execute(f"PRAGMA busy_timeout={BUSY_MS}")
+        connection.execute(f"PRAGMA cache_size=-{_WRITER_CACHE_KIB if writable else _READER_CACHE_KIB}")
+        connection.execute("PRAGMA temp_store=MEMORY")
+        # A file that is mapped into memory ends the process when it is shorter than it should be.
+        connection.execute("PRAGMA mmap_size=0")
+        # Found by the length of their cells, most damages end as an error instead of as odd rows.
+        connection.execute("PRAGMA cell_size_check=ON")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def connect_to_salvage(path: Path, *, with_log: bool) -> sqlite3.Connection:
+    """A connection that reads as much of a damaged file as there is, with its write-ahead log or as if it had none.
+
+    Neither is changed; without the log nothing is created beside the file either. Failures are ``SQLITE_ERRORS``.
+    """
+    connection = _connect(path, "mode=ro" if with_log else "mode=ro&immutable=1")
+    try:
+        # First of all, as everything else reads the schema: lets a file be read that is shorter than it says.
+        connection.execute("PRAGMA writable_schema=ON")
+        connection.execute("PRAGMA cell_size_check=ON")
+        connection.execute("SELECT name FROM sqlite_schema WHERE name = 'messages'").fetchone()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _connect(path: Path, parameters: str) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"{path.absolute().as_uri()}?{parameters}", uri=True, isolation_level=None, check_same_thread=False, timeout=0
+    )
+
+
+def connect_writer(path: Path) -> sqlite3.Connection:
+    """The one connection that writes, with the present schema; errors as ``connect``.
+
+    Raises:
+        ArchiveDamaged, DataRefused: not our database, or newer than we are; nothing was touched.
+        ArchiveError: SQLite cannot use it as we do.
+    """
+    _look_before_writing(path)
+    connection = connect(path, writable=True)
+    try:
+        connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
+        if connection.execute("PRAGMA journal_mode=WAL").fetchone() != ("wal",):
+            # SQLite says so instead of failing; without a log a transaction would be synced, and readers wait for it.
+            raise ArchiveError(f"{path} cannot be given a write-ahead log; check the disk and who else uses the file")
+        # The journal is what is synced; of the archive only checkpoints are.
+        connection.execute("PRAGMA synchronous=NORMAL")
+        # SQLite's own checkpoints swallow a failed sync.
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        connection.execute(f"PRAGMA journal_size_limit={WAL_BYTES_MAX}")
+        connection.execute("PRAGMA foreign_keys=OFF")
+        # What is deleted is gone from the file as well.
+        connection.execute("PRAGMA secure_delete=ON")
+        _migrate(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _look_before_writing(path: Path) -> None:
+    """Check what the write-ahead log makes of the file; closing a reader changes neither."""
+    if path.stat().st_size == 0:
+        return
+    connection = connect(path, writable=False)
+    try:
+        check_identity(path, _number(connection, "application_id"), _number(connection, "user_version"))
+    finally:
+        connection.close()
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    present = _number(connection, "user_version")
+    for version, script in enumerate(_migrations()[present:], present + 1):
+        try:
+            connection.executescript(
+                f"BEGIN IMMEDIATE;\n{script}\nPRAGMA application_id={APPLICATION_ID};\n"
+                f"PRAGMA user_version={version};\nCOMMIT;"
+            )
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+
+def _number(connection: sqlite3.Connection, pragma: str) -> int:
+    number = connection.execute(f"PRAGMA {pragma}").fetchone()[0]
+    assert isinstance(number, int)
+    return number
+
+
+def _migrations() -> list[str]:
+    """The scripts in ``schema/``, in order; the n-th brings a database from version n - 1 to n."""
+    found = sorted(
+        (entry for entry in files("holdfast.archive").joinpath("schema").iterdir() if entry.name.endswith(".sql")),
+        key=lambda entry: entry.name,
+    )
+    assert [int(entry.name[:3]) for entry in found] == list(range(1, len(found) + 1)), (
+        "schema files are numbered 1, 2, …"
+    )
+    return [entry.read_text("utf-8") for entry in found]

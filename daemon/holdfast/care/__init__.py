@@ -1,0 +1,1 @@
+"""Care of the data: letting go in time, taking over, mirroring."""

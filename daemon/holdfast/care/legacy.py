@@ -1,0 +1,362 @@
+"""Taking over the conversations and escalations of an old bot: one JSON file each, in ``conversations/`` and ``escalations/``.
+
+Done at each start, between loading and serving. Each conversation becomes one atomic batch; when all are synced the files move
+to ``backups/imported-TIME/``, so a later start neither takes them twice nor brings back what was deleted meanwhile. After a
+crash in between, what is there already is only moved. A file that cannot be taken goes to ``quarantine/`` with a report.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from datetime import tzinfo
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import orjson
+
+from holdfast.care.mirror import CONVERSATIONS_PLACE, ESCALATION_ENDING, ESCALATIONS_PLACE, is_mirror_file
+from holdfast.care.old_layout import (
+    OLD_ESCALATION,
+    contact_of,
+    escalation_fields,
+    head_fields,
+    is_waiting,
+    mark_of,
+    message_of,
+    moment,
+    old_message,
+)
+from holdfast.clock import format_ms
+from holdfast.core.rules import Rules, check_id
+from holdfast.core.state import CONVERSATIONS, ESCALATIONS
+from holdfast.disk.files import Directory
+from holdfast.errors import DataRefused, HoldfastError, InvalidRecord, JournalBroken, StorageFull, Unavailable
+from holdfast.ops import AnyOp, Batch, ConversationPut, EscalationOpen, MessageAppend
+
+if TYPE_CHECKING:
+    from holdfast.engine import Engine, Ticket
+
+FILE_BYTES_MAX = 256 << 20
+"""No bot wrote a larger one; it would take the memory of the machine."""
+
+APPEND_AT_ONCE = 1_000
+"""Messages in one op; more of them stand in the same batch."""
+
+IN_FLIGHT_MAX = 500
+"""Conversations between two waits for the disk."""
+
+TELL_EVERY = 200
+"""Files between two signs of progress."""
+
+NAME_CHARS_MAX = 150
+"""Of a name in ``quarantine/``, to which an ending is added."""
+
+
+class _OldFile(NamedTuple):
+    """A file with what was in it.
+
+    Attributes:
+        place, name: where it stands.
+        content: the JSON object in it.
+        written_at: its modification time, in our form.
+    """
+
+    place: str
+    name: str
+    content: dict[str, Any]
+    written_at: str
+
+
+class _Broken(Exception):
+    """A file cannot be taken, for this reason."""
+
+
+def import_old_files(
+    engine: Engine,
+    data: Directory,
+    rules: Rules,
+    *,
+    stamp: str,
+    cancelled: threading.Event,
+    progress: Callable[[str], None],
+    log: Any,
+) -> str | None:
+    """Take over what an old bot left in *data*, the directory of *engine*; blocks. Why not all of it could be, or None.
+
+    Args:
+        rules: of the engine, for its zone and its limits.
+        stamp: the time in the names of what is kept.
+        cancelled, progress: as for ``open_engine``.
+
+    Raises:
+        Unavailable: cancelled; what was not taken yet is taken at the next start.
+        JournalBroken: the disk refused to sync.
+    """
+    with ExitStack() as opened:
+        places = {}
+        for place in (CONVERSATIONS_PLACE, ESCALATIONS_PLACE):
+            found = data.stat(place)
+            if found is None:
+                continue
+            if not stat.S_ISDIR(found.st_mode):
+                log.info("file.ignored", file=place, reason="it is not a directory")
+                continue
+            places[place] = opened.enter_context(data.subdirectory(place))
+        if not places:
+            return None
+        try:
+            _Import(engine, data, places, rules, stamp, cancelled, progress, log).run()
+        except (StorageFull, DataRefused) as error:
+            return str(error)
+        except Unavailable as error:
+            if cancelled.is_set() or isinstance(error, JournalBroken):
+                raise
+            # The archive, which is no reason not to start.
+            return str(error)
+        except OSError as error:
+            return error.strerror or "an error of the disk"
+    return None
+
+
+class _Import:
+    """One import; lives as long as ``import_old_files`` runs."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        data: Directory,
+        places: Mapping[str, Directory],
+        rules: Rules,
+        stamp: str,
+        cancelled: threading.Event,
+        progress: Callable[[str], None],
+        log: Any,
+    ) -> None:
+        self._engine = engine
+        self._data = data
+        self._places = places
+        self._rules = rules
+        self._stamp = stamp
+        self._cancelled = cancelled
+        self._progress = progress
+        self._log = log
+        self._tickets: list[Ticket] = []
+        # What is journaled, and moves when all of it is synced.
+        self._done: dict[str, list[str]] = {place: [] for place in places}
+        self._begun: set[str] = set()
+        self._conversations = self._messages = self._escalations = self._broken = 0
+
+    def run(self) -> None:
+        """Take all, sync all, move all."""
+        started = self._engine.monotonic()
+        escalations: dict[str, list[_OldFile]] = {}
+        for old in self._read_all(ESCALATIONS_PLACE):
+            id = self._id_of(old, "conversation_id", ESCALATION_ENDING)
+            if id is not None:
+                escalations.setdefault(id, []).append(old)
+        taken: set[str] = set()
+        for old in self._read_all(CONVERSATIONS_PLACE):
+            id = self._id_of(old, "id", ".json")
+            if id is None:
+                continue
+            if id in taken:
+                self._set_aside(old.place, old.name, "another file has the same id; nothing of this one was taken")
+                continue
+            taken.add(id)
+            self._take_file(id, old)
+            # By now it is known which of them have a conversation.
+            self._take_escalations(id, escalations.pop(id, []))
+        for id, files in escalations.items():
+            self._take_escalations(id, files)
+        self._settle()
+        moved = self._move()
+        if moved or self._broken:
+            self._log.info(
+                "conversations.imported",
+                conversations=self._conversations,
+                messages=self._messages,
+                escalations=self._escalations,
+                broken=self._broken,
+                duration_ms=round((self._engine.monotonic() - started) * 1000, 1),
+            )
+
+    # Reading.
+
+    def _read_all(self, place: str) -> Iterator[_OldFile]:
+        directory = self._places.get(place)
+        if directory is None:
+            return
+        names = [name for name in directory.names() if name.endswith(".json") and not name.startswith(".")]
+        for looked, name in enumerate(names):
+            if self._cancelled.is_set():
+                raise Unavailable("stopped while old conversations were taken over; the next start goes on")
+            if looked % TELL_EVERY == 0:
+                self._progress(f"taking over {place}: {looked} of {len(names)}")
+            found = directory.stat(name)
+            if found is None or not stat.S_ISREG(found.st_mode):
+                self._log.info("file.ignored", file=f"{place}/", reason="something in it is not a regular file")
+                continue
+            if is_mirror_file(directory, name):
+                continue
+            try:
+                content = _read(directory, name, found.st_size)
+            except _Broken as error:
+                self._set_aside(place, name, str(error))
+                continue
+            yield _OldFile(place, name, content, format_ms(found.st_mtime_ns // 1_000_000))
+
+    def _id_of(self, old: _OldFile, field: str, ending: str) -> str | None:
+        """The id of what *old* holds: what it says, else what its name says; None when neither can be one."""
+        said = old.content.get(field)
+        named = old.name.removesuffix(ending if old.name.endswith(ending) else ".json")
+        for id in (str(said) if type(said) is int else said, named):
+            if not isinstance(id, str):
+                continue
+            try:
+                check_id(id, self._rules)
+            except InvalidRecord:
+                continue
+            return id
+        self._set_aside(old.place, old.name, f"neither {field} in it nor its name can be an id")
+        return None
+
+    # Taking.
+
+    def _take_file(self, id: str, old: _OldFile) -> None:
+        try:
+            ops, messages = self._ops_of(id, old)
+            self._submit(id, ops)
+        except (_Broken, RecursionError) as error:
+            self._set_aside(old.place, old.name, str(error))
+            return
+        self._conversations += any(isinstance(op, ConversationPut) for op in ops)
+        self._messages += messages
+        self._done[old.place].append(old.name)
+
+    def _ops_of(self, id: str, old: _OldFile) -> tuple[list[AnyOp], int]:
+        """What has to be done so that the conversation in *old* is there, and how many messages that appends."""
+        messages = old.content.get("messages")
+        if not isinstance(messages, list):
+            raise _Broken(f"expected a list of messages, found {type(messages).__name__}")
+        zone = self._rules.zone
+        fields = head_fields(old.content, zone)
+        created_at, updated_at = fields.get("created_at"), fields.get("updated_at")
+        head = self._engine.get(CONVERSATIONS, id)
+        if head is None:
+            fields["created_at"] = created_at = created_at or updated_at or old.written_at
+            put = ConversationPut(id=id, if_version=0, value=fields)
+            return [put, *_appends(id, messages, zone, created_at)], len(messages)
+        count = orjson.loads(head.value)["last_number"]
+        if len(messages) <= count:
+            # Taken before, by a start that was broken off before the file was moved.
+            return [], 0
+        if count and self._newest_mark(id) != mark_of(messages[count - 1]):
+            raise _Broken("a conversation with this id is there, with other messages; nothing of the file was taken")
+        return _appends(id, messages[count:], zone, updated_at), len(messages) - count
+
+    def _newest_mark(self, id: str) -> bytes:
+        newest = self._engine.transcripts.messages(id, limit=1).items
+        return mark_of(old_message(orjson.loads(newest[-1].value))) if newest else b""
+
+    def _take_escalations(self, id: str, files: list[_OldFile]) -> None:
+        zone = self._rules.zone
+        for old in sorted(files, key=lambda old: moment(old.content.get("timestamp"), zone) or ""):
+            try:
+                ops = self._escalation_ops(id, old)
+                self._submit(id, ops)
+            except (_Broken, RecursionError) as error:
+                self._set_aside(old.place, old.name, str(error))
+                continue
+            self._escalations += bool(ops)
+            self._done[old.place].append(old.name)
+
+    def _escalation_ops(self, id: str, old: _OldFile) -> list[AnyOp]:
+        fields = escalation_fields(old.content, self._rules.zone)
+        fields["opened_at"] = opened_at = fields["opened_at"] or old.written_at
+        ops: list[AnyOp] = []
+        head = self._engine.get(CONVERSATIONS, id)
+        if head is None:
+            # What this run began is not to be seen yet.
+            if id not in self._begun:
+                ops.append(ConversationPut(id=id, if_version=0, value={"created_at": opened_at}))
+        elif self._engine.get(ESCALATIONS, id) is not None or OLD_ESCALATION in orjson.loads(head.value):
+            return []
+        if is_waiting(old.content):
+            return [*ops, EscalationOpen(id=id, **fields)]
+        # Nobody waits any more, and nobody may be made to wait again.
+        kept = {OLD_ESCALATION: contact_of(old.content), "escalated": True}
+        return [*ops, ConversationPut(id=id, value=kept)]
+
+    def _submit(self, id: str, ops: list[AnyOp]) -> None:
+        if not ops:
+            return
+        try:
+            self._tickets.append(self._engine.submit_batch(Batch(ops=ops, atomic=True), durability="always"))
+        except (StorageFull, Unavailable):
+            raise
+        except HoldfastError as error:
+            raise _Broken(str(error)) from error
+        self._begun.add(id)
+        if len(self._tickets) >= IN_FLIGHT_MAX:
+            self._settle()
+
+    def _settle(self) -> None:
+        tickets, self._tickets = self._tickets, []
+        for ticket in tickets:
+            ticket.wait()
+
+    # Keeping.
+
+    def _move(self) -> int:
+        """Move what was taken out of the way; how many files."""
+        moved = 0
+        for place, names in self._done.items():
+            if not names:
+                continue
+            with (
+                self._data.subdirectory("backups") as backups,
+                backups.subdirectory(f"imported-{self._stamp}") as imported,
+                imported.subdirectory(place) as kept,
+            ):
+                self._places[place].move_all(names, kept)
+            moved += len(names)
+        return moved
+
+    def _set_aside(self, place: str, name: str, reason: str) -> None:
+        """Move the file to ``quarantine/``, with a report."""
+        self._broken += 1
+        self._log.error("conversation.import_failed", reason=f"{place}/{name}: {reason}")
+        new_name = f"{self._stamp}-{place}-{name}"[:NAME_CHARS_MAX]
+        with self._data.subdirectory("quarantine") as quarantine:
+            report = {"file": f"{place}/{name}", "reason": reason, "at": self._stamp}
+            quarantine.write_atomic(f"{new_name}.report.json", [msgspec.json.encode(report) + b"\n"])
+            self._places[place].move(name, quarantine, new_name)
+
+
+def _read(directory: Directory, name: str, size: int) -> dict[str, Any]:
+    if size > FILE_BYTES_MAX:
+        raise _Broken(f"{size} bytes are more than a conversation can have")
+    try:
+        raw = directory.read(name)
+    except OSError as error:
+        raise _Broken(f"it cannot be read: {error.strerror}") from error
+    try:
+        # Not orjson, which rounds integers beyond 64 bits.
+        content = json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
+    except (ValueError, RecursionError) as error:
+        raise _Broken(f"not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise _Broken(f"expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _appends(id: str, messages: list[Any], zone: tzinfo, created_at: str | None) -> list[AnyOp]:
+    made = [message_of(old, zone, created_at) for old in messages]
+    return [
+        MessageAppend(id=id, messages=made[start : start + APPEND_AT_ONCE])
+        for start in range(0, len(made), APPEND_AT_ONCE)
+    ]

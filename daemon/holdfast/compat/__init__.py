@@ -1,0 +1,1 @@
+"""Modules that take the place of a bot's own storage code, so that changing one import is enough."""
