@@ -281,7 +281,7 @@ def test_odd_ids_are_only_ids(tmp_path: Path):
 
     async def scenario(served: Served) -> None:
         accepted = []
-        for kind in ("users", "sessions", "collections/notes"):
+        for kind in ("users", "sessions", "collections/notes", "conversations"):
             for id in ODD_IDS:
                 path = f"/v1/{kind}/{quote(id, safe='')}"
                 put = await served.ask("PUT", path, {"n": 1})
@@ -296,12 +296,12 @@ def test_odd_ids_are_only_ids(tmp_path: Path):
             refused = await served.ask("PUT", f"/v1/collections/{quote(name, safe='')}/1", {"n": 1})
             assert 400 <= refused.status < 500, name
         await _assert_alive(served)
-        print(f"fault 26: {3 * len(ODD_IDS)} odd ids, {len(accepted)} kept as they are, none became a path")
+        print(f"fault 26: {4 * len(ODD_IDS)} odd ids, {len(accepted)} kept as they are, none became a path")
 
     serve_and(scenario, data_dir)
 
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
-    files = {path.name for path in data_dir.iterdir() if path.is_file()} - {"holdfast.lock", "token"}
+    files = {path.name for path in data_dir.iterdir() if path.is_file()} - {"holdfast.lock", "token", "archive.db"}
     assert [name for name in files if not re.fullmatch(r"_?[a-z]+(_[a-z]+)?\.json", name)] == []
 
 

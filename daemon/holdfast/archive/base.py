@@ -163,6 +163,11 @@ class ArchiveError(Exception):
     """The archive cannot do what it should for now: no room, no permission, no connection. Try again later."""
 
 
+class ArchiveBroken(ArchiveError):
+    """The disk refused to sync, so what is not durable yet may be gone although it can still be read. This archive takes
+    nothing more; it has to be opened again."""
+
+
 class ArchiveDamaged(Exception):
     """What the archive holds cannot be read. It has to be made anew."""
 

@@ -17,6 +17,7 @@ import orjson
 from holdfast.archive.base import (
     ARCHIVED_OPS,
     Archive,
+    ArchiveBroken,
     ArchiveDamaged,
     ArchiveError,
     ConversationQuery,
@@ -112,6 +113,7 @@ class Follower:
         self._archive: Archive | None = None
         # Why there is no archive that could be used; empty for one that never was.
         self._damage: str | None = None
+        self._is_damage_told = False
         self._rebuilt: _Rebuilt | None = None
         try:
             self._open()
@@ -266,11 +268,17 @@ class Follower:
                 else:
                     self._step()
             except ArchiveDamaged as error:
+                if self._damage is not None:
+                    reason = str(error)  # it was being made anew: without a pause, this would go in a circle
                 self._damage = str(error)
             except Gone as error:
                 self._damage = f"it is older than the journal: {error}"
             except (ArchiveError, OSError) as error:
                 reason = str(error)
+                if isinstance(error, ArchiveBroken) and self._archive is not None:
+                    # It stays as it is, and the next one that is opened brings all of it to the disk anew.
+                    self._archive.close()
+                    self._archive = None
             except Exception as error:  # a fault of ours must end neither the archive for good nor anything else
                 reason = repr(error)
                 self._log.exception("archive.failed", reason=reason)
@@ -318,8 +326,9 @@ class Follower:
         The old one stays in its place until the new one is complete, so that this can be broken off at any moment.
         """
         source = self._source
-        if damage:
+        if damage and not self._is_damage_told:
             self._log.error("archive.damaged", reason=damage)
+            self._is_damage_told = True
         if self._archive is not None:
             self._archive.close()
             self._archive = None
@@ -348,7 +357,7 @@ class Follower:
             archive.close()
             raise
         self._archive = self._place.adopt(archive)
-        self._damage = None
+        self._damage, self._is_damage_told = None, False
         if damage or heads:
             self._rebuilt = _Rebuilt(newest_seq, salvaged, is_first=not damage)
             self._tell_rebuilt(self._archive, self._rebuilt)

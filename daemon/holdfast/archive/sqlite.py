@@ -13,6 +13,7 @@ from typing import Any
 from holdfast.archive.base import (
     ARCHIVED_OPS,
     Archive,
+    ArchiveBroken,
     ArchiveDamaged,
     ArchiveError,
     ConversationQuery,
@@ -241,7 +242,7 @@ class SQLiteArchive(Archive):
         if self._pid != os.getpid():
             raise ForkedProcess(f"opened by process {self._pid}; a forked child must open or connect for itself")
         if self._refusal is not None:
-            raise ArchiveError(self._refusal)
+            raise (ArchiveError if self._refusal == _CLOSED else ArchiveBroken)(self._refusal)
 
     # Reading.
 

@@ -8,7 +8,7 @@ import stat
 from importlib.resources import files
 from pathlib import Path
 
-from holdfast.archive.base import ArchiveDamaged, ArchiveError
+from holdfast.archive.base import ArchiveBroken, ArchiveDamaged, ArchiveError
 from holdfast.errors import DataRefused
 
 APPLICATION_ID = 0x486F6C64
@@ -66,6 +66,8 @@ def our_error(error: Exception, path: Path) -> ArchiveError | ArchiveDamaged:
         return ArchiveError(f"{path} cannot be used: {error}")
     if code & 0xFF in _DAMAGE or code in _DAMAGED_READS:
         return ArchiveDamaged(f"{path} is damaged: {error}; it has to be made anew")
+    if code in _SYNC_FAILED:
+        return ArchiveBroken(f"the disk refused to sync {path}: {error}; check the disk")
     if code & 0xFF == sqlite3.SQLITE_FULL:
         return ArchiveError(f"no room to write {path}: {error}; free space")
     if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):

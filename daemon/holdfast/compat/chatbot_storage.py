@@ -259,6 +259,7 @@ def _with_errors_of_files(function: Callable[P, R]) -> Callable[P, R]:
     return told
 
 
+@_with_errors_of_files
 def configure(data_dir: str | os.PathLike[str] | None = None, **settings: Any) -> None:
     """Keep everything in *data_dir* from now on, with *settings* as of ``holdfast.open``; nothing is opened yet.
 
@@ -267,6 +268,7 @@ def configure(data_dir: str | os.PathLike[str] | None = None, **settings: Any) -
     _shared.use(None, None if data_dir is None else os.fspath(data_dir), settings)
 
 
+@_with_errors_of_files
 def use(holdfast: Holdfast) -> None:
     """Use *holdfast*, of ``holdfast.open`` or ``holdfast.connect``, from now on; whoever opened it closes it."""
     _shared.use(holdfast, None, {})
