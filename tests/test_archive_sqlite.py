@@ -616,7 +616,7 @@ def test_after_a_failed_sync_nothing_more_is_believed(tmp_path: Path) -> None:
 
         told = next((line.split("|")[1:] for line in lines if line.startswith("told|")), None)
         if told is None:
-            assert "ArchiveError" in lines[-1], when
+            assert "ArchiveBroken" in lines[-1], when
             durable = 0
         else:
             *steps, end = told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 import holdfast
 from holdfast import errors
+from holdfast.archive.sqlite import READERS_MAX
 from holdfast.ops import Message
 from tests.library_forms import FORMS, Block, Use, opened, settled, use
 
@@ -358,6 +360,56 @@ def test_what_changes_behind_a_call_in_a_block_does_not_count(use: Use) -> None:
         assert (await settled(hf.escalations.get("57")))["contact_info"] == {"phones": ["1"]}
 
     use(body)
+
+
+def test_tasks_keep_the_order_of_their_messages(tmp_path: Path) -> None:
+    """Called one after the other without waiting, with external ids that must be looked for, they stand as called."""
+
+    async def body() -> None:
+        for form in ("aio.open", "aio.connect"):
+            async with opened(form, tmp_path / form) as hf:
+                await hf.conversations.append("57", "user", "0")
+                calls = [
+                    hf.conversations.append("57", "user", str(number), channel="w", external_id=number)
+                    for number in range(1, 200)
+                ]
+                answers = await asyncio.gather(*calls)
+
+                assert [one.numbers for one in answers] == [[number] for number in range(2, 201)], form
+                assert await texts_of(hf.conversations.messages("57")) == [str(number) for number in range(200)], form
+
+    asyncio.run(body())
+
+
+def test_a_busy_archive_holds_up_no_event_loop(tmp_path: Path) -> None:
+    """While a message waits to be looked for in it, everything else goes on; then the message is there, once."""
+
+    async def body() -> None:
+        async with holdfast.aio.open(tmp_path) as hf:
+            await hf.conversations.append("57", "user", "a", channel="w", external_id="1")
+            await hf.conversations.get("57")
+            readers = hf.engine._follower.archive()._readers
+            taken = [readers.take() for _ in range(READERS_MAX)]
+
+            def release() -> None:
+                while taken:
+                    readers.give_back(taken.pop())
+
+            # So that a loop that is held up comes to its end as well.
+            late = threading.Timer(5, release)
+            late.start()
+            try:
+                append = asyncio.create_task(hf.conversations.append("57", "user", "b", channel="w", external_id="2"))
+                await hf.sessions.put("57", {})
+                assert (await hf.conversations.head("57"))["last_number"] == 1
+                assert not append.done() and len(taken) == READERS_MAX
+            finally:
+                late.cancel()
+                release()
+            assert (await append).numbers == [2]
+            assert await texts_of(hf.conversations.messages("57")) == ["a", "b"]
+
+    asyncio.run(body())
 
 
 # Reading.

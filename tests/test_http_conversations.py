@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
+import shutil
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -242,8 +245,6 @@ def test_a_cursor_belongs_to_its_list(tmp_path: Path):
 @pytest.mark.parametrize("place", [2**63, 2**64 - 1, 2**80, -(2**70), 1e300, "x", None, [], [2**70, "a"], [5, 5]])
 def test_a_forged_cursor_does_no_harm(tmp_path: Path, place: Any):
     """Whatever stands in it, there is an answer, and it is no 5xx."""
-    import base64
-    import json
 
     def forged(of: str, filters: list[Any]) -> str:
         return base64.urlsafe_b64encode(json.dumps([of, filters, place]).encode()).decode().rstrip("=")
@@ -275,6 +276,43 @@ def test_an_idempotency_key_repeats_the_numbers(tmp_path: Path):
         assert retried[0].json == retried[1].json and retried[0].json["numbers"] == [2]
 
     serve_and(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("header", [{"Idempotency-Key": "k"}, {"Holdfast-Retry": "bot-4f0c27/1"}], ids=["key", "retry"])
+@pytest.mark.parametrize("is_flushed", [False, True])
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_a_repeat_gets_the_numbers_behind_a_restart(
+    tmp_path: Path, header: dict[str, str], is_flushed: bool, in_batch: bool
+):
+    """Whether they come back from the journal or from a snapshot, also those of a message that was there before."""
+    messages = [USER | {"channel": "w", "external_id": external_id} for external_id in ("1", "2")]
+    answers = []
+
+    async def scenario(served: Served) -> None:
+        if not answers:
+            await served.ask("POST", f"{CHAT}/messages", messages[0])
+        if in_batch:
+            op = {"op": "message.append", "id": "573001234567", "messages": messages}
+            sent = await served.ask("POST", "/v1/batch", {"ops": [op], "atomic": True}, headers=header)
+            answers.append(sent.json["results"][0]["numbers"])
+        else:
+            sent = await served.ask("POST", f"{CHAT}/messages", {"messages": messages}, headers=header)
+            answers.append(sent.json["numbers"])
+        assert sent.status == 200, sent
+        assert [one["number"] for one in (await served.ask("GET", CHAT)).json["messages"]] == [1, 2]
+        if not is_flushed:
+            copied(tmp_path / "data", tmp_path / "copy")
+
+    serve_and(scenario, tmp_path / "data")
+    serve_and(scenario, tmp_path / ("data" if is_flushed else "copy"))
+
+    assert answers == [[1, 2], [1, 2]]
+
+
+def copied(data_dir: Path, copy: Path) -> None:
+    """Take *data_dir* as it is while somebody has it: what a crash would leave."""
+    if data_dir.is_dir() and not copy.exists():
+        shutil.copytree(data_dir, copy, ignore=lambda _, names: [name for name in names if name.endswith(".sock")])
 
 
 def test_sales_are_added_up_for_charts(tmp_path: Path):

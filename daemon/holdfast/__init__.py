@@ -1,4 +1,4 @@
-"""Holdfast keeps a chatbot's state: sessions, orders and sales figures that come back from anything.
+"""Holdfast keeps a chatbot's state: sessions, orders, conversations and sales figures that come back from anything.
 
 ``holdfast.open`` and ``holdfast.aio.open`` keep it in this process; the command ``holdfast serve`` keeps it for others,
 who use ``holdfast.connect`` and ``holdfast.aio.connect``.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         VersionMismatch,
     )
     from holdfast.events import Event
-    from holdfast.ops import Answer, Record
+    from holdfast.ops import Answer, Message, Record
 
 __all__ = [
     "Answer",
@@ -53,6 +53,7 @@ __all__ = [
     "InvalidRecord",
     "JournalBroken",
     "Leased",
+    "Message",
     "NotFound",
     "Record",
     "SettingsError",
@@ -72,6 +73,7 @@ _HOME = {
     "Answer": "holdfast.ops",
     "Event": "holdfast.events",
     "Holdfast": "holdfast.blocking",
+    "Message": "holdfast.ops",
     "Record": "holdfast.ops",
     "connect": "holdfast.client.sync",
     "open": "holdfast.embedded",

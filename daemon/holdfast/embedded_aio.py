@@ -106,7 +106,7 @@ class _Pipeline:
     async def add(self, op: AnyOp, durability: Durability | None) -> Answer:
         """Decide *op*."""
         try:
-            ticket = self._engine.submit(op, durability=durability or self._durability)
+            ticket = await self._engine.submit_async(op, durability=durability or self._durability)
             if not ticket.outcomes:
                 await ticket.committed()  # raises the refusal
         except HoldfastError as error:
@@ -202,12 +202,13 @@ class AsyncEmbedded(AsyncHoldfast):
         return self._submit(op, durability)
 
     async def _submit(self, op: AnyOp, durability: Durability | None) -> Answer:
-        ticket = self.engine.submit(op, durability=durability)
+        ticket = await self.engine.submit_async(op, durability=durability)
         await ticket.committed()
         return ticket.answer
 
     async def _perform_together(self, ops: list[AnyOp], durability: Durability | None) -> None:
-        await self.engine.submit_batch(Batch(ops=ops, atomic=True), durability=durability).committed()
+        ticket = await self.engine.submit_batch_async(Batch(ops=ops, atomic=True), durability=durability)
+        await ticket.committed()
 
     def _pipeline(self, durability: Durability | None) -> AsyncBlock:
         return _Pipeline(self.engine, durability)

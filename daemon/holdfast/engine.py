@@ -6,10 +6,13 @@ synchronous and thread-safe; ``Ticket.committed`` is its only door to asyncio.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import weakref
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, get_args
 from zoneinfo import ZoneInfo
 
@@ -186,6 +189,7 @@ class Engine:
             self._committer.unflushed_since = self._started
         self._expiry_clock = _ConfirmedClock(clock)
         self._close_guard = threading.Lock()
+        self._submitter: ThreadPoolExecutor | None = None
         self.lease_queue = LeaseQueue()
         state.on_released = self.lease_queue.released
         self.transcripts = Transcripts(self.get, clock.now_ms)
@@ -312,6 +316,32 @@ class Engine:
             if self._refusal is not None:
                 raise self._refusal
             return self._decide_all(batch, durability, retry, known)
+
+    async def submit_async(self, op: AnyOp, **options: Any) -> Ticket:
+        """As ``submit``, for event loops, which the archive must not hold up."""
+        if not self._asks_archive(op):
+            return self.submit(op, **options)
+        return await self._beside(partial(self.submit, op, **options))
+
+    async def submit_batch_async(self, batch: Batch, **options: Any) -> Ticket:
+        """As ``submit_batch``, for event loops, which the archive must not hold up."""
+        if not any(map(self._asks_archive, batch.ops)):
+            return self.submit_batch(batch, **options)
+        return await self._beside(partial(self.submit_batch, batch, **options))
+
+    def _asks_archive(self, op: AnyOp) -> bool:
+        """Whether *op* cannot be decided before the archive was asked, which may be busy."""
+        return type(op) is MessageAppend and self._state.conversations.get(op.id) is not None and bool(external_ids(op))
+
+    async def _beside(self, submit: Callable[[], Ticket]) -> Ticket:
+        if self._submitter is None:
+            # One thread, so that messages keep the order in which they were said.
+            self._submitter = ThreadPoolExecutor(1, "holdfast-submit")
+        try:
+            future = self._submitter.submit(submit)
+        except RuntimeError:
+            return submit()  # closed: it says so
+        return await asyncio.wrap_future(future)
 
     def _known_messages(self, op: MessageAppend) -> Externals:
         """Of the external ids in *op* those that the archive knows."""
@@ -772,6 +802,8 @@ class Engine:
             with self._lock:
                 self._refusal = self._refusal or Unavailable("stopping; connect again when it is back")
             self.lease_queue.dismiss()
+            if self._submitter is not None:
+                self._submitter.shutdown(wait=False)
             try:
                 try:
                     if flush:
@@ -812,6 +844,7 @@ class Engine:
         # A thread of the parent may have held them at the fork; here nobody would ever release them.
         self._lock = threading.Lock()
         self._close_guard = threading.Lock()
+        self._submitter = None
         self.feed.refuse_in_child(self._refusal)
         if self._directory_lock is not None:
             self._directory_lock.abandon()

@@ -186,6 +186,33 @@ def test_a_flush_meets_a_bad_disk(places: list[Place], tmp_path: Path, capsys: p
     report(capsys, f"EIO at {len(chosen)} of {len(hindered)} calls of flush, start and stop: {told} told, 0 lost")
 
 
+def test_the_archive_meets_a_bad_disk(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """EIO from any write, sync, rename or removal of the archive: told, no op waits for it, it is whole again by itself."""
+    calls = [place for place in _of("archive", places) if place.call != "linkat"]
+    syncs = [place for place in calls if place.call == "fdatasync"]
+    others = [place for place in calls if place.call != "fdatasync"]
+    chosen = calls if FULL else _spread(syncs, 5) + _spread(others, 4)
+    wrong = []
+    told = 0
+    for place in chosen:
+        data_dir = tmp_path / "data"
+        lived = _hinder(place, f"{place.call}:error=EIO:when={place.number}", data_dir)
+        told += "archive: " in lived.complaints
+        # Its first answer may be that it is not there for a moment; nothing else may fail.
+        if lived.code != 0 or lived.acknowledged != life.STEPS or "flush: " in lived.complaints:
+            wrong.append(f"{place}: {lived}")
+        if place.call == "fdatasync" and place.path.endswith(("-wal", ".db")) and "archive: " not in lived.complaints:
+            wrong.append(f"{place}: not told, {lived}")
+        wrong += [f"{place}: {complaint}" for complaint in _complaints(data_dir, lived)]
+        shutil.rmtree(data_dir)
+
+    assert not wrong, wrong[:5]
+    report(
+        capsys,
+        f"EIO at {len(chosen)} of {len(calls)} calls of the archive's thread: {told} told, no op and no flush failed, 0 lost",
+    )
+
+
 def test_a_failed_flush_then_a_kill(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A flush that fails half way leaves files that the next one replaces; killed there, nothing is lost either."""
     renames = _flush_renames(places)

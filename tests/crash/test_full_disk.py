@@ -51,13 +51,13 @@ def test_full_at_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
             journal = max((disk / "data" / "journal").glob("*.jsonl")).read_bytes()
             assert journal.endswith(b"\n") and b"\0" not in journal
-            assert not differences([ledger], found_in(engine))
-            assert log.names()[-1] == "journal.disk_filled"
+            assert not differences([ledger], found_in(engine, with_messages=False))
+            assert "journal.disk_filled" in log.names()
 
             mount("-o", "remount,size=4m", str(disk))
             slowest_s = max(slowest_s, _resume(engine, ledger))
             assert not differences([ledger], found_in(engine))
-            assert engine.degraded == []
+            _wait_for(lambda: engine.degraded == [])
             engine.close()
             assert not complaints(disk / "data", [ledger])
     report(
@@ -115,12 +115,12 @@ def test_full_during_a_flush(tmp_path: Path, capsys: pytest.CaptureFixture[str])
                 assert engine.status()["journal_bytes"] == journal
                 assert any("flush failed" in reason for reason in engine.degraded)
                 assert not [path.name for path in (disk / "data").iterdir() if path.name.endswith(".tmp")]
-            assert not differences([ledger], found_in(engine))
+            assert not differences([ledger], found_in(engine, with_messages=False))
 
             (disk / "ballast").unlink()
             engine.flush("api")
             _many(engine, ledger, 5)
-            assert engine.degraded == []
+            _wait_for(lambda: engine.degraded == [])
             engine.close(flush=False)
             assert not complaints(disk / "data", [ledger])
     assert failed

@@ -7,7 +7,7 @@ follows what is synced: what a power cut could still take out of the journal mus
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -39,7 +39,12 @@ RETRY_S = 1.0
 READ_WAIT_S = 10.0
 """The longest that a reader waits for the archive to have what it may expect."""
 
+READ_TRIES = 2
+"""… and how many failed tries to write it, since a full disk is none the emptier for waiting."""
+
 JOURNAL_READ_BYTES = 1 << 20
+
+_NUMBER_MAX = 2**63
 
 
 class Place(Protocol):
@@ -114,6 +119,8 @@ class Follower:
         # Why there is no archive that could be used; empty for one that never was.
         self._damage: str | None = None
         self._is_damage_told = False
+        # Tries to write it that failed.
+        self._failures = 0
         self._rebuilt: _Rebuilt | None = None
         try:
             self._open()
@@ -146,7 +153,8 @@ class Follower:
     @property
     def present(self) -> Archive | None:
         """The archive as it is now, behind or not; None when there is none that could be used."""
-        return None if self._damage is not None else self._archive
+        archive = self._archive
+        return None if self._damage is not None else archive
 
     @property
     def lag(self) -> int:
@@ -167,9 +175,9 @@ class Follower:
         """
         source = self._source
         target = source.backlog.last_seq
-        if self._has(target):
-            assert self._archive is not None
-            return self._archive
+        archive = self._with(target)
+        if archive is not None:
+            return archive
         with self._changed:
             self._wanted_seq = max(self._wanted_seq, target)
             self._hurry.set()
@@ -177,10 +185,18 @@ class Follower:
         if source.synced_seq() < target:
             source.settle()
         with self._changed:
+            failures_max = self._failures + READ_TRIES
             # An event that is taken back meanwhile, on a full disk, is waited for no longer.
-            self._changed.wait_for(lambda: self._is_closing or self._has(min(target, source.backlog.last_seq)), timeout)
-        archive = self._archive
-        if archive is None or not self._has(min(target, source.backlog.last_seq)):
+            self._changed.wait_for(
+                lambda: (
+                    self._is_closing
+                    or self._with(min(target, source.backlog.last_seq)) is not None
+                    or self._failures >= failures_max
+                ),
+                timeout,
+            )
+        archive = self._with(min(target, source.backlog.last_seq))
+        if archive is None:
             reason = "closed" if self._is_closing else self.failure or self._damage or "behind"
             raise Unavailable(f"the archive does not have the newest messages yet ({reason}); try again soon")
         return archive
@@ -193,7 +209,10 @@ class Follower:
             self._wanted_durable_seq = max(self._wanted_durable_seq, seq)
             self._hurry.set()
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._is_closing or self.durable_seq >= seq, timeout)
+            failures = self._failures
+            self._changed.wait_for(
+                lambda: self._is_closing or self.durable_seq >= seq or self._failures > failures, timeout
+            )
         return self.durable_seq >= seq
 
     def report_damage(self, error: ArchiveDamaged) -> None:
@@ -215,8 +234,10 @@ class Follower:
             with suppress(ArchiveError, ArchiveDamaged):
                 self._archive.close()
 
-    def _has(self, seq: int) -> bool:
-        return self._damage is None and self._archive is not None and self._archive.archived_seq >= seq
+    def _with(self, seq: int) -> Archive | None:
+        """The archive when it has everything up to *seq*."""
+        archive = self.present
+        return archive if archive is not None and archive.archived_seq >= seq else None
 
     def _has_events(self) -> bool:
         backlog = self._source.backlog
@@ -308,7 +329,12 @@ class Follower:
             self._wanted_durable_seq = 0
 
     def _read_journal(self, archive: Archive, up_to: int) -> None:
-        tail = Tail(self._source.journal, archive.archived_seq)
+        for position, events in self._journal_after(archive.archived_seq, up_to):
+            archive.apply(events, position)
+
+    def _journal_after(self, seq: int, up_to: int) -> Iterator[tuple[int, list[tuple[int, Event]]]]:
+        """The events for an archive that the journal has behind *seq*, in parts, each with the seq to which it goes."""
+        tail = Tail(self._source.journal, seq)
         try:
             while tail.position < up_to and not self._is_closing:
                 events: list[tuple[int, Event]] = []
@@ -316,9 +342,18 @@ class Follower:
                     event = decode_event(line.payload)
                     members = event.events or [] if event.op == "batch" else [event]
                     events += [(line.seq, one) for one in members if one.op in ARCHIVED_OPS]
-                archive.apply(events, tail.position)
+                yield tail.position, events
         finally:
             tail.close()
+
+    def _first_numbers(self, up_to: int) -> dict[str, int]:
+        """Of every conversation the lowest number among those of its messages that the journal has."""
+        found: dict[str, int] = {}
+        for _, events in self._journal_after(max(0, oldest_seq(self._source.journal) - 1), up_to):
+            for _, event in events:
+                for message in event.messages or ():
+                    found[event.id] = min(message.number, found.get(event.id, _NUMBER_MAX))
+        return found
 
     def _begin_anew(self, damage: str) -> None:
         """Make the archive anew: heads from memory, messages from what is left of the old one, then the journal.
@@ -343,11 +378,14 @@ class Follower:
             last_numbers = {head.id: orjson.loads(head.value)["last_number"] for head in heads}
             archive.fill(heads, source.escalations())
             salvaged = 0
+            first_numbers = self._first_numbers(synced_seq) if damage else {}
             for id, messages in self._place.salvage() if damage else ():
                 if self._is_closing:
                     raise ArchiveError("closed while the archive was made anew")
-                # What has a higher number was never acknowledged, or its event is lost; the number is given again.
-                whole = [message for message in messages if message.number <= last_numbers.get(id, 0)]
+                # What has a higher number was never acknowledged, or its event is lost; the number is given again. What
+                # the journal has is taken from there: its events have checksums.
+                last_number = min(last_numbers.get(id, 0), first_numbers.get(id, _NUMBER_MAX) - 1)
+                whole = [message for message in messages if message.number <= last_number]
                 salvaged += archive.fill_messages(id, whole)
             archive.apply([], max(0, oldest_seq(source.journal) - 1))
             self._read_journal(archive, synced_seq)
@@ -386,6 +424,7 @@ class Follower:
         elif reason is None and self.failure is not None:
             self._log.info("archive.resumed")
         self.failure = reason
+        self._failures += reason is not None
 
 
 class _Rebuilt(NamedTuple):

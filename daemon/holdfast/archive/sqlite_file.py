@@ -223,7 +223,18 @@ def _look_before_writing(path: Path) -> None:
     """Check what the write-ahead log makes of the file; closing a reader changes neither."""
     if path.stat().st_size == 0:
         return
-    connection = connect(path, writable=False)
+    try:
+        _check_content(path, writable=False)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+            raise
+        # A crash while it was created, or while another program wrote it: what was begun is taken back, as anybody's
+        # look at it would.
+        _check_content(path, writable=True)
+
+
+def _check_content(path: Path, *, writable: bool) -> None:
+    connection = connect(path, writable=writable)
     try:
         check_identity(path, _number(connection, "application_id"), _number(connection, "user_version"))
     finally:

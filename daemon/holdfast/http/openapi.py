@@ -167,7 +167,7 @@ class _Builder:
             "info": {
                 "title": "Holdfast",
                 "version": holdfast.__version__,
-                "summary": "Keeps the sessions, orders and sales figures of chat bots.",
+                "summary": "Keeps the sessions, orders, conversations and sales figures of chat bots.",
                 "description": DESCRIPTION,
                 "license": {"name": "MIT", "identifier": "MIT"},
             },

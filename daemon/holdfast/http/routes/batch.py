@@ -78,7 +78,7 @@ async def batch(backend: Backend, request: Request) -> Reply:
     key = idempotency_key(request)
     if key is not None:
         ops = _keyed(ops, key)
-    ticket = backend.engine.submit_batch(
+    ticket = await backend.engine.submit_batch_async(
         ops, durability=durability(request, query), retry=retry_of(request), at_once=backend.is_alone
     )
     await ticket.committed()

@@ -61,7 +61,7 @@ async def commit(backend: Backend, request: Request, query: dict[str, str], op: 
     Raises:
         HoldfastError: it was refused.
     """
-    ticket = backend.engine.submit(
+    ticket = await backend.engine.submit_async(
         op, durability=durability(request, query), retry=retry_of(request), at_once=backend.is_alone
     )
     await ticket.committed()
