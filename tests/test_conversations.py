@@ -388,6 +388,8 @@ def test_a_busy_archive_holds_up_no_event_loop(tmp_path: Path) -> None:
         async with holdfast.aio.open(tmp_path) as hf:
             await hf.conversations.append("57", "user", "a", channel="w", external_id="1")
             await hf.conversations.get("57")
+            # As if it were a day old, and memory had forgotten its external ids.
+            hf.engine._state.externals_since = 1
             readers = hf.engine._follower.archive()._readers
             taken = [readers.take() for _ in range(READERS_MAX)]
 

@@ -419,6 +419,41 @@ def test_external_ids_of_an_earlier_conversation_mean_nothing(tmp_path: Path, mo
         assert contents(engine) == ["three", "four"]
 
 
+def test_a_young_conversation_needs_no_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its external ids are in memory, until the first of them is forgotten, or the process is another one."""
+    asked: list[str] = []
+    clock = HandClock()
+
+    def listen(engine: Engine) -> None:
+        question = engine.transcripts.external_numbers
+
+        def note(id: str, *rest: Any) -> dict[tuple[str, str], int]:
+            asked.append(id)
+            return question(id, *rest)
+
+        monkeypatch.setattr(engine.transcripts, "external_numbers", note)
+
+    with running(tmp_path, clock=clock) as engine:
+        listen(engine)
+        for number in range(3):
+            do(engine, say(str(number), external_id=f"w{number}"))
+        assert do(engine, say("1", external_id="w1")).numbers == [2]
+        assert contents(engine) == ["0", "1", "2"]
+        assert asked == []
+
+        clock.advance(25 * 3600)
+        engine.expire()
+        assert do(engine, say("1", external_id="w1")).numbers == [2]
+        assert asked == ["c"]
+        do(engine, say("1", "young", external_id="w1"))
+        do(engine, say("2", "young", external_id="w2"))
+        assert asked == ["c"]
+    with running(tmp_path, clock=clock) as engine:
+        listen(engine)
+        assert do(engine, say("2", "young", external_id="w2")).numbers == [2]
+        assert asked == ["c", "young"]
+
+
 def test_a_closed_engine_reads_no_more(tmp_path: Path) -> None:
     """With an error of its own, not with one of the database."""
     with running(tmp_path) as engine:

@@ -17,6 +17,7 @@ from typing import Any, get_args
 from zoneinfo import ZoneInfo
 
 import msgspec
+import orjson
 
 from holdfast import record
 from holdfast.archive.base import Escalation, Head
@@ -165,6 +166,8 @@ class Engine:
         self._recovery_notes = degraded
         self._reserved_names = reserved_names
         self._state = state
+        # Which ids were forgotten before nobody knows.
+        state.externals_since = state.seq
         self._journal = journal
         self._flusher = flusher
         flusher.journal_keep = settings.journal_keep
@@ -331,7 +334,10 @@ class Engine:
 
     def _asks_archive(self, op: AnyOp) -> bool:
         """Whether *op* cannot be decided before the archive was asked, which may be busy."""
-        return type(op) is MessageAppend and self._state.conversations.get(op.id) is not None and bool(external_ids(op))
+        if type(op) is not MessageAppend:
+            return False
+        line = self._state.conversations.get(op.id)
+        return line is not None and record.header_of(line).born <= self._state.externals_since and bool(external_ids(op))
 
     async def _beside(self, submit: Callable[[], Ticket]) -> Ticket:
         if self._submitter is None:
@@ -345,11 +351,12 @@ class Engine:
 
     def _known_messages(self, op: MessageAppend) -> Externals:
         """Of the external ids in *op* those that the archive knows."""
-        wanted = external_ids(op)
-        line = self._state.conversations.get(op.id) if wanted else None
-        if line is None:
+        line = self._state.conversations.get(op.id)
+        if line is None or not (wanted := external_ids(op)):
             return NOTHING_KNOWN
         born = record.header_of(line).born
+        if born > self._state.externals_since:
+            return NOTHING_KNOWN
         found = self.transcripts.external_numbers(op.id, wanted, born)
         return {pair: Archived(number, born) for pair, number in found.items()}
 
@@ -551,6 +558,8 @@ class Engine:
                             wheel.schedule(id, due)
                         else:
                             collection.set(id, None, collection.changed_seq, undoable=False)
+                            if collection is state.externals:
+                                state.externals_since = max(state.externals_since, orjson.loads(line)["seq"])
                 looked = bool(ids)
         with self._lock:
             state.retries.forget(now_ms)

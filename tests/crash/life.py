@@ -19,6 +19,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from holdfast.archive import follower
 from holdfast.archive.base import Archive, ArchiveDamaged
 from holdfast.engine import Engine
 from holdfast.errors import HoldfastError, JournalBroken, StorageFull, Unavailable
@@ -32,6 +33,9 @@ FLUSH_AFTER = (8, 14, 15)
 DAMAGE_AFTER = 11
 """The archive is called damaged, so that it is made anew while everything goes on."""
 REOPEN_AFTER = 20
+
+RETRY_S = 0.05
+"""An archive that cannot be written tries again so soon; lives are short."""
 
 JOURNAL_KEEP = 2_000
 """Some segments are kept behind a flush, and some of those make room for later ones."""
@@ -47,6 +51,7 @@ class Complaints(Recorder):
 
 
 def main() -> int:
+    follower.RETRY_S = RETRY_S
     data_dir, acknowledged = Path(sys.argv[1]), os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     done = int(sys.argv[sys.argv.index("--after") + 1]) if "--after" in sys.argv else 0
     try:

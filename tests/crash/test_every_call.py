@@ -213,6 +213,20 @@ def test_the_archive_meets_a_bad_disk(places: list[Place], tmp_path: Path, capsy
     )
 
 
+def test_a_sync_of_the_archive_is_not_believed(places: list[Place], tmp_path: Path) -> None:
+    """While none of its syncs succeeds the journal stays: with the archive taken away, everything comes from there."""
+    data_dir = tmp_path / "data"
+    first = next(place for place in places if place.thread == "archive" and place.call == "fdatasync")
+
+    lived = _hinder(first, "fdatasync:error=EIO:when=1+", data_dir)
+
+    assert lived.code == 0 and lived.acknowledged == life.STEPS, lived
+    assert "refused to sync" in lived.complaints
+    for path in data_dir.glob("archive.*"):
+        path.unlink()
+    assert not _complaints(data_dir, lived)
+
+
 def test_a_failed_flush_then_a_kill(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A flush that fails half way leaves files that the next one replaces; killed there, nothing is lost either."""
     renames = _flush_renames(places)

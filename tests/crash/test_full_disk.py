@@ -5,13 +5,14 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from holdfast.archive.place import ARCHIVE
 from holdfast.engine import Engine
-from holdfast.errors import StorageFull
+from holdfast.errors import StorageFull, Unavailable
 from holdfast.ops import RecordPut, SessionPut
 from tests.crash.harness import (
     FULL,
@@ -57,7 +58,7 @@ def test_full_at_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             mount("-o", "remount,size=4m", str(disk))
             slowest_s = max(slowest_s, _resume(engine, ledger))
             assert not differences([ledger], found_in(engine))
-            _wait_for(lambda: engine.degraded == [])
+            _wait_until_healthy(engine)
             engine.close()
             assert not complaints(disk / "data", [ledger])
     report(
@@ -120,7 +121,7 @@ def test_full_during_a_flush(tmp_path: Path, capsys: pytest.CaptureFixture[str])
             (disk / "ballast").unlink()
             engine.flush("api")
             _many(engine, ledger, 5)
-            _wait_for(lambda: engine.degraded == [])
+            _wait_until_healthy(engine)
             engine.close(flush=False)
             assert not complaints(disk / "data", [ledger])
     assert failed
@@ -128,6 +129,98 @@ def test_full_during_a_flush(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         capsys,
         f"{failed} of {rounds} flushes found no room: old snapshot kept, journal kept, 0 lost, the next one succeeded",
     )
+
+
+@needs_root
+@pytest.mark.root
+def test_the_archive_finds_no_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the journal or after it: no op is refused for its sake, who reads is told soon, and with room it has all."""
+    rooms = range(24 if FULL else 6)
+    stalled = answered = unavailable = 0
+    slowest_s = 0.0
+    for pages in rooms:
+        with mounted(tmp_path / f"disk{pages}", "size=2m") as disk:
+            ledger = Ledger(0, f"{SEED}:{pages}")
+            log = Recorder()
+            engine = reopened(disk / "data", log, journal_keep=0)
+            _many(engine, ledger, 60)
+            assert not differences([ledger], found_in(engine))
+            engine.flush("api")
+            _many(engine, ledger, 5 * pages)
+            _use_up(disk, leave_pages=pages)
+
+            _fill_up(engine, ledger)
+            assert not differences([ledger], found_in(engine, with_messages=False))
+            started = time.monotonic()
+            try:
+                assert not differences([ledger], found_in(engine))
+                answered += 1
+            except Unavailable as error:
+                unavailable += 1
+                assert "no room" in str(error)
+                assert any("archive cannot be written" in reason for reason in engine.degraded)
+            slowest_s = max(slowest_s, time.monotonic() - started)
+            # Also a flush without room, whose checkpoint the archive owes.
+            with suppress(StorageFull, OSError):
+                engine.flush("api")
+            stalled += "archive.stalled" in log.names()
+
+            (disk / "ballast").unlink()
+            _resume(engine, ledger)
+            assert not differences([ledger], found_in(engine))
+            engine.flush("api")
+            _wait_until_healthy(engine)
+            assert log.names().count("archive.stalled") == log.names().count("archive.resumed")
+            assert engine.status()["journal_bytes"] == 0
+            assert not list((disk / "data" / "journal").glob("kept/*.jsonl"))
+            engine.close()
+            assert not complaints(disk / "data", [ledger])
+    assert stalled and answered
+    assert slowest_s < RESUMES_S
+    report(
+        capsys,
+        f"{len(rooms)} disks full: the archive stalled on {stalled}; transcripts read on {answered}, on {unavailable} told "
+        f"within {slowest_s:.1f} s that there is no room; caught up on each, 0 lost",
+    )
+
+
+@needs_root
+@pytest.mark.root
+def test_full_while_the_archive_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything else works meanwhile; once there is room it is there, whole, and nothing half made is left."""
+    rooms = [4, 8, 14, 22] if not FULL else range(2, 40)
+    stalled = refused = 0
+    for number, pages in enumerate(rooms):
+        with mounted(tmp_path / f"disk{pages}", "size=2m") as disk:
+            ledger = Ledger(0, f"{SEED}:{pages}")
+            engine = reopened(disk / "data")
+            _many(engine, ledger, 120)
+            # So small a disk keeps no history, so what was not flushed is all that the journal has.
+            engine.close(flush=False)
+            archive = disk / "data" / ARCHIVE
+            archive.write_bytes(b"no database" * 200) if number % 2 else archive.unlink()
+            _use_up(disk, leave_pages=pages)
+
+            log = Recorder()
+            try:
+                engine = reopened(disk / "data", log)
+            except (StorageFull, OSError):
+                refused += 1  # there is no room even for a new segment
+                (disk / "ballast").unlink()
+                engine = reopened(disk / "data", log)
+            else:
+                assert not differences([ledger], found_in(engine, with_messages=False))
+                time.sleep(0.2)
+                stalled += "archive.stalled" in log.names()
+                (disk / "ballast").unlink()
+            assert not differences([ledger], found_in(engine))
+            _many(engine, ledger, 5)
+            _wait_until_healthy(engine)
+            assert not list((disk / "data").glob("archive.rebuild*"))
+            engine.close()
+            assert not complaints(disk / "data", [ledger])
+    assert stalled
+    report(capsys, f"no room to make an archive anew on {stalled} of {len(rooms)} disks: whole once there was, 0 lost")
 
 
 @needs_root
@@ -282,6 +375,11 @@ def _largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _wait_until_healthy(engine: Engine) -> None:
+    """The archive tries again each second."""
+    _wait_for(lambda: not engine.degraded)
 
 
 def _wait_for(condition: object, deadline_s: float = 30.0) -> None:

@@ -79,9 +79,10 @@ class DataDirectoryPlace:
         archive.checkpoint()
         archive.close()
         with Directory(self._data_dir) as directory:
-            if directory.stat(ARCHIVE) is not None:
+            if any(directory.stat(ARCHIVE + part) is not None for part in ("", *_COMPANIONS)):
                 self._keep_evidence(directory)
-                # What belongs to the old one must not be taken for the new one's. Its events are in the journal still.
+                # What belongs to the old one must not be taken for the new one's, also when that itself is gone. Its
+                # events are in the journal still.
                 self._remove_companions(directory, ARCHIVE)
             directory.rename(REBUILT, ARCHIVE)
             self._remove_companions(directory, REBUILT)

@@ -237,8 +237,22 @@ def _check_content(path: Path, *, writable: bool) -> None:
     connection = connect(path, writable=writable)
     try:
         check_identity(path, _number(connection, "application_id"), _number(connection, "user_version"))
+        if _is_cut(path, connection):
+            raise ArchiveDamaged(f"{path} is shorter than it says; it has to be made anew")
     finally:
         connection.close()
+
+
+def _is_cut(path: Path, connection: sqlite3.Connection) -> bool:
+    """Whether the file lacks what it should have. SQLite takes that for zeroes, which may go unnoticed for long."""
+    with path.open("rb") as file:
+        header = file.read(HEADER_BYTES)
+    # A page of 65536 bytes, which does not fit into the field, is never ours.
+    page_bytes, pages, size = int.from_bytes(header[16:18]), int.from_bytes(header[28:32]), path.stat().st_size
+    if not page_bytes or size >= page_bytes * pages:
+        return False
+    # Whole pages may be missing when a checkpoint was broken off; then they are in the log.
+    return bool(size % page_bytes) or connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",)
 
 
 def _migrate(connection: sqlite3.Connection) -> None:

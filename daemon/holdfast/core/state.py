@@ -69,6 +69,7 @@ class State:
         session_ttl_ms: the setting; a session with its own ttl does not use it.
         session_wheel, lease_wheel, key_wheel, external_wheel: who is to be looked at when.
         backlog: events on their way to the archive.
+        externals_since: of conversations that began after this event, all external ids are in memory.
         retries: the answers to each client's last request.
         on_released: called with the session's id, under the engine's lock, whenever a lease is given back.
     """
@@ -87,6 +88,7 @@ class State:
         self.holds = self.collections[HOLDS]
         self.externals = self.collections[EXTERNALS]
         self.backlog = Backlog()
+        self.externals_since = 0
         self.sales = Sales()
         self.sales_changed_seq = 0
         self._sales_pending: Sales | None = None
