@@ -369,6 +369,8 @@ def test_tasks_keep_the_order_of_their_messages(tmp_path: Path) -> None:
         for form in ("aio.open", "aio.connect"):
             async with opened(form, tmp_path / form) as hf:
                 await hf.conversations.append("57", "user", "0")
+                if form == "aio.open":  # as if it were a day old
+                    hf.engine._state.externals_since = 1
                 calls = [
                     hf.conversations.append("57", "user", str(number), channel="w", external_id=number)
                     for number in range(1, 200)

@@ -26,11 +26,19 @@ from holdfast.ops import (
     Answer,
     AnyOp,
     Batch,
+    ConversationArchive,
+    ConversationDelete,
+    ConversationHold,
+    ConversationPut,
+    EscalationOpen,
+    Message,
+    MessageAppend,
     OrderCancel,
     OrderComplete,
     OrderDelete,
     OrderPatch,
     OrderPut,
+    PersonHold,
     RecordDelete,
     RecordPatch,
     RecordPut,
@@ -71,6 +79,19 @@ PATCHES = VALUES
 VERSIONS = st.sampled_from([None] * 9 + [0, 1, 2])
 REVENUES = st.none() | st.decimals("0", "1000", places=2)
 PRODUCTS = st.none() | st.sampled_from(["music", "videos"])
+TALKS = st.sampled_from(["57300", "ñ 价"])
+PERSONS = st.none() | st.sampled_from(["57300", "ana"])
+MESSAGES: dict[str, st.SearchStrategy[Any]] = {
+    "role": st.sampled_from(["user", "user", "assistant", "system", "tool"]),
+    "content": st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60),
+    "tokens_used": st.none() | st.integers(0, 9),
+    "author": st.sampled_from([None, None, "bot", "agent", "customer"]),
+    "metadata": st.none() | st.dictionaries(st.sampled_from(["a", "b"]), st.integers(0, 3), max_size=2),
+    "channel": st.sampled_from([None, "web"]),
+    "external_id": st.sampled_from([None, None, "w1", "w2", "w3"]),
+}
+AUTHORS = {"user": "customer", "assistant": "bot"}
+TITLE_CHARS = 50
 
 
 class Refused(Exception):
@@ -82,8 +103,11 @@ class Model:
 
     def __init__(self) -> None:
         self.records: dict[str, dict[str, dict[str, Any]]] = {
-            name: {} for name in ("sessions", "pending", "closed", "users", "notes", "x_y")
+            name: {}
+            for name in ("sessions", "pending", "closed", "users", "notes", "x_y", "conversations", "escalations")
         }
+        self.messages: dict[str, list[dict[str, Any]]] = {}
+        self.holds: set[str] = set()
         self.versions: dict[tuple[str, str], int] = {}
         self.ttls: dict[str, int] = {}
         self.leases: dict[str, tuple[int, int]] = {}
@@ -136,6 +160,17 @@ class Model:
                 return self._record("users", "user_id", op, seq), True
             case RecordPut() | RecordPatch() | RecordDelete():
                 return self._record(op.collection, "id", op, seq), True
+            case MessageAppend():
+                return self._append(op, seq, now_ms)
+            case ConversationPut():
+                return self._talk(op, seq, now_ms), True
+            case ConversationDelete() | ConversationArchive() | ConversationHold():
+                return self._change_talk(op, seq)
+            case EscalationOpen():
+                return self._escalate(op, seq, now_ms), True
+            case PersonHold():
+                self.holds = self.holds | {op.id} if op.hold else self.holds - {op.id}
+                return Answer(status=200, seq=seq, id=op.id), True
         raise AssertionError(op)
 
     def _session(self, op: Any, seq: int, now_ms: int) -> Answer:
@@ -231,6 +266,107 @@ class Model:
             return Answer(status=204, seq=seq, id=op.id)
         value = {id_field: op.id} | op.value if is_put else _merged(present, op.value)
         return self._store(collection, op.id, value, seq, is_put=is_put)
+
+    def _append(self, op: MessageAppend, seq: int, now_ms: int) -> tuple[Answer, bool]:
+        present = self.records["conversations"].get(op.id)
+        if op.if_version and present is None:
+            raise Refused("version_mismatch")
+        self._check_version("conversations", op)
+        there = list(self.messages[op.id]) if present else []
+        given = op.messages or [op]
+        numbers: list[int] = []
+        for one in given:
+            known = [
+                said["number"] for said in there if one.external_id and _delivery(said["metadata"]) == _delivery_of(one)
+            ]
+            numbers.append(known[0] if known else len(there) + 1)
+            if not known:
+                there.append(_message(one, len(there) + 1, now_ms))
+        if present is not None and len(there) == len(self.messages[op.id]):
+            version = self.versions["conversations", op.id]
+            return Answer(status=200, seq=seq - 1, id=op.id, version=version, numbers=numbers), False
+        head = dict(present or _new_head(op.id))
+        for name, whose in (("user_id", op.user_id), ("session_id", op.session_id)):
+            if whose is not None and head[name] not in (None, whose):
+                raise Refused("conflict")
+            head[name] = whose or head[name]
+        titles = [one["content"] for one in there[head["last_number"] :] if one["role"] == "user"]
+        titles = [content for content in titles if content.strip()]
+        if head["title"] is None and titles:
+            head["title"] = titles[0][:TITLE_CHARS] + ("..." if len(titles[0]) > TITLE_CHARS else "")
+        system = sum(one["role"] == "system" for one in there)
+        self.messages[op.id] = there
+        head |= {
+            "created_at": head["created_at"] or _iso(now_ms),
+            "updated_at": _iso(now_ms),
+            "archived": False,
+            "message_count": len(there) - system,
+            "system_count": system,
+            "tokens_used": sum(one["tokens_used"] or 0 for one in there),
+            "last_number": len(there),
+        }
+        answer = self._store("conversations", op.id, head, seq, is_put=False)
+        return msgspec.structs.replace(answer, numbers=numbers), True
+
+    def _talk(self, op: ConversationPut, seq: int, now_ms: int) -> Answer:
+        present = self.records["conversations"].get(op.id)
+        if op.if_version and present is None:
+            raise Refused("version_mismatch")
+        self._check_version("conversations", op)
+        if present is None:
+            self.messages[op.id] = []
+            present = _new_head(op.id) | {"created_at": _iso(now_ms), "updated_at": _iso(now_ms)}
+        head = present | op.value
+        if head.get("topic", 0) is None:
+            del head["topic"]
+        return self._store("conversations", op.id, head, seq, is_put=True)
+
+    def _change_talk(self, op: Any, seq: int) -> tuple[Answer, bool]:
+        present = self.records["conversations"].get(op.id)
+        if present is None:
+            raise Refused("version_mismatch" if op.if_version else "not_found")
+        self._check_version("conversations", op)
+        same = Answer(status=200, seq=seq - 1, id=op.id, version=self.versions["conversations", op.id])
+        if isinstance(op, ConversationArchive):
+            if present["archived"] == op.archived:
+                return same, False
+            return self._store("conversations", op.id, present | {"archived": op.archived}, seq, is_put=False), True
+        if isinstance(op, ConversationHold):
+            head = {name: value for name, value in present.items() if name != "hold"}
+            head |= {"hold": True} if op.hold else {}
+            if head == present:
+                return same, False
+            return self._store("conversations", op.id, head, seq, is_put=False), True
+        if present.get("hold") or self.holds & {op.id, present["user_id"], present["session_id"]}:
+            raise Refused("conflict")
+        for part in ("conversations", "escalations"):
+            self.records[part].pop(op.id, None)
+            self.versions.pop((part, op.id), None)
+        del self.messages[op.id]
+        return Answer(status=204, seq=seq, id=op.id), True
+
+    def _escalate(self, op: EscalationOpen, seq: int, now_ms: int) -> Answer:
+        head = self.records["conversations"].get(op.id)
+        if head is None:
+            raise Refused("not_found")
+        present = self.records["escalations"].get(op.id)
+        if op.if_version and present is None:
+            raise Refused("version_mismatch")
+        self._check_version("escalations", op)
+        before = present or {
+            "id": op.id,
+            "conversation_id": op.id,
+            "contact_info": None,
+            "status": "pending",
+            "assignee": None,
+            "opened_at": _iso(now_ms),
+            "claimed_at": None,
+            "resolved_at": None,
+        }
+        said = {"reason": op.reason, "priority": op.priority, "updated_at": _iso(now_ms)}
+        said["contact_info"] = before["contact_info"] if op.contact_info is None else op.contact_info
+        self._store("conversations", op.id, head | {"escalated": True, "handler": "waiting"}, seq, is_put=False)
+        return self._store("escalations", op.id, before | said, seq, is_put=False)
 
     def _store(self, part: str, id: str, value: dict[str, Any], seq: int, *, is_put: bool) -> Answer:
         place = ("orders" if part in ("pending", "closed") else part, id)
@@ -348,7 +484,48 @@ RECORD_OPS: st.SearchStrategy[AnyOp] = st.one_of(
     st.builds(RecordPatch, collection=_records, id=IDS, value=PATCHES, **_revisions),
     st.builds(RecordDelete, collection=_records, id=IDS, **_revisions),
 )
-OPS: st.SearchStrategy[AnyOp] = SESSION_OPS | ORDER_OPS | RECORD_OPS
+CONVERSATION_OPS: st.SearchStrategy[AnyOp] = st.one_of(
+    st.builds(MessageAppend, id=TALKS, user_id=PERSONS, session_id=st.none(), **MESSAGES, **_revisions),
+    st.builds(
+        MessageAppend,
+        id=TALKS,
+        messages=st.lists(st.builds(Message, **MESSAGES), min_size=1, max_size=4),
+        user_id=st.none(),
+        session_id=st.none(),
+        **_revisions,
+    ),
+    st.builds(
+        ConversationPut,
+        id=TALKS,
+        value=st.fixed_dictionaries(
+            {},
+            optional={
+                "title": st.none() | st.just("title"),
+                "user_id": PERSONS,
+                "escalated": st.booleans(),
+                "topic": st.none() | st.integers(0, 3),
+            },
+        ),
+        **_revisions,
+    ),
+    st.builds(ConversationArchive, id=TALKS, archived=st.booleans(), **_revisions),
+    st.builds(ConversationHold, id=TALKS, hold=st.booleans(), reason=st.none(), **_revisions),
+    st.builds(
+        PersonHold, id=st.sampled_from(["57300", "ana"]), hold=st.booleans(), reason=st.none(), idempotency_key=KEYS
+    ),
+    st.builds(ConversationDelete, id=TALKS, **_revisions),
+    st.builds(ConversationDelete, id=TALKS),
+    st.builds(
+        EscalationOpen,
+        id=TALKS,
+        reason=st.sampled_from(["help", "pay"]),
+        contact_info=st.none() | st.just({"phone": "57300"}),
+        priority=st.sampled_from(["low", "high"]),
+        opened_at=st.none(),
+        **_revisions,
+    ),
+)
+OPS: st.SearchStrategy[AnyOp] = SESSION_OPS | ORDER_OPS | RECORD_OPS | CONVERSATION_OPS
 
 
 class Life(RuleBasedStateMachine):
@@ -386,6 +563,14 @@ class Life(RuleBasedStateMachine):
 
     @rule(op=RECORD_OPS)
     def change_a_record(self, op: AnyOp) -> None:
+        self._with_lease(op)
+
+    @rule(op=CONVERSATION_OPS)
+    def change_a_conversation(self, op: AnyOp) -> None:
+        self._with_lease(op)
+
+    @rule(op=CONVERSATION_OPS)
+    def change_another_conversation(self, op: AnyOp) -> None:
         self._with_lease(op)
 
     @rule(op=OPS)
@@ -487,6 +672,31 @@ class Life(RuleBasedStateMachine):
             "allTimeCompleted": self.model.completed,
         }
         assert {day["date"]: day for day in sales["daily"]} == self.model.days
+        self._compare_conversations()
+
+    def _compare_conversations(self) -> None:
+        """In memory and in the archive, every message, and what is counted of them."""
+        heads, messages = self.model.records["conversations"], self.model.messages
+        for name in ("conversations", "escalations"):
+            self._compare(name, self.model.records[name])
+        transcripts = self.engine.transcripts
+        for id, head in heads.items():
+            found = transcripts.conversation(id)
+            assert found is not None
+            assert orjson.loads(found.value) == head | {"messages": messages[id]}
+        listed = transcripts.page().items
+        assert {item.id: orjson.loads(item.value) for item in listed} == heads
+        updated = [orjson.loads(item.value)["updated_at"] for item in listed]
+        assert updated == sorted(updated, reverse=True)
+        waiting = {item.id: orjson.loads(item.value) for item in transcripts.escalations().items}
+        assert waiting == self.model.records["escalations"]
+        figures = transcripts.figures()
+        assert (figures.conversations, figures.archived) == (
+            len(heads),
+            sum(head["archived"] for head in heads.values()),
+        )
+        assert figures.messages == sum(map(len, messages.values()))
+        assert figures.tokens == sum(head["tokens_used"] for head in heads.values())
 
     def _compare(self, collection: str, expected: dict[str, dict[str, Any]]) -> None:
         found = {record.id: record for record in self.engine.page(collection, limit=1000).items}
@@ -546,6 +756,33 @@ def _merged(target: Any, patch: dict[str, Any]) -> dict[str, Any]:
         else:
             result[name] = value
     return result
+
+
+def _new_head(id: str) -> dict[str, Any]:
+    nothing = dict.fromkeys(("title", "user_id", "session_id", "created_at", "updated_at"))
+    counts = dict.fromkeys(("message_count", "system_count", "tokens_used", "last_number"), 0)
+    return {"id": id, "escalated": False, "archived": False, "handler": "bot"} | nothing | counts
+
+
+def _message(given: Any, number: int, now_ms: int) -> dict[str, Any]:
+    names = {"channel": given.channel, "external_id": given.external_id}
+    return {
+        "number": number,
+        "role": given.role,
+        "content": given.content,
+        "author": given.author or AUTHORS.get(given.role),
+        "tokens_used": given.tokens_used,
+        "created_at": _iso(now_ms),
+        "metadata": (given.metadata or {}) | {name: text for name, text in names.items() if text},
+    }
+
+
+def _delivery(metadata: dict[str, Any]) -> tuple[Any, Any]:
+    return metadata.get("channel"), metadata.get("external_id")
+
+
+def _delivery_of(given: Any) -> tuple[Any, Any]:
+    return given.channel, given.external_id
 
 
 def _number(id: str) -> str | int:

@@ -13,7 +13,7 @@ import pytest
 from holdfast.archive.place import ARCHIVE
 from holdfast.engine import Engine
 from holdfast.errors import StorageFull, Unavailable
-from holdfast.ops import RecordPut, SessionPut
+from holdfast.ops import MessageAppend, RecordPut, SessionPut
 from tests.crash.harness import (
     FULL,
     SEED,
@@ -135,7 +135,9 @@ def test_full_during_a_flush(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.root
 def test_the_archive_finds_no_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before the journal or after it: no op is refused for its sake, who reads is told soon, and with room it has all."""
-    rooms = range(24 if FULL else 6)
+    long = "x" * 150_000
+    # From too little for the journal to enough for the archive as well.
+    rooms = range(0, 120, 3 if FULL else 20)
     stalled = answered = unavailable = 0
     slowest_s = 0.0
     for pages in rooms:
@@ -146,9 +148,10 @@ def test_the_archive_finds_no_room(tmp_path: Path, capsys: pytest.CaptureFixture
             _many(engine, ledger, 60)
             assert not differences([ledger], found_in(engine))
             engine.flush("api")
-            _many(engine, ledger, 5 * pages)
             _use_up(disk, leave_pages=pages)
 
+            with suppress(StorageFull):
+                engine.submit(MessageAppend(id="long", role="user", content=long)).wait()
             _fill_up(engine, ledger)
             assert not differences([ledger], found_in(engine, with_messages=False))
             started = time.monotonic()
@@ -175,7 +178,7 @@ def test_the_archive_finds_no_room(tmp_path: Path, capsys: pytest.CaptureFixture
             assert not list((disk / "data" / "journal").glob("kept/*.jsonl"))
             engine.close()
             assert not complaints(disk / "data", [ledger])
-    assert stalled and answered
+    assert stalled and answered and unavailable
     assert slowest_s < RESUMES_S
     report(
         capsys,
