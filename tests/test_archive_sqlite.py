@@ -492,6 +492,30 @@ def test_a_full_disk_refuses_and_goes_on(tmp_path: Path) -> None:
         assert [path.name for path in disk.iterdir()] == ["archive.db"]
 
 
+@needs_root
+@pytest.mark.root
+def test_what_came_before_the_disk_was_full_is_archived(tmp_path: Path) -> None:
+    """Room for it is set aside, from the first on and behind a checkpoint: readers wait for nothing that was acknowledged."""
+    with mounted(tmp_path / "disk", "size=32m") as disk:
+        archive = open_sqlite(disk / "archive.db")
+        for number in (1, 2):
+            (disk / "ballast").unlink(missing_ok=True)
+            if number == 2:
+                archive.checkpoint()
+            with pytest.raises(OSError, match="No space left"), (disk / "ballast").open("wb") as ballast:
+                while True:
+                    ballast.write(b"x" * 4096)
+                    ballast.flush()
+
+            apply(archive, appended(head_of("a", number), message(number, content="x" * 1_000_000)))
+
+            assert numbers(archive, "a") == list(range(1, number + 1))
+        (disk / "ballast").unlink()
+        archive.checkpoint()
+        assert archive.check() == []
+        archive.close()
+
+
 # Crashes.
 
 WRITER = """

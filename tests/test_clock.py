@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -34,6 +36,15 @@ def test_now_is_not_before_the_last_event() -> None:
     clock.not_before(later)
 
     assert clock.now_ms() >= later
+
+
+def test_the_first_time_that_is_written_is_right() -> None:
+    """Whichever it is, also one of before 1970: a new process shows it as any other."""
+    for ms, text in ((-1, "1969-12-31T23:59:59.999Z"), (0, "1970-01-01T00:00:00.000Z")):
+        program = f"from holdfast.clock import format_ms; print(format_ms({ms}))"
+        shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+
+        assert shown.stdout == text + "\n"
 
 
 @given(st.integers(0, parse_ms("9999-12-31T23:59:59.999Z")))

@@ -611,16 +611,21 @@ def test_a_process_that_ends_leaves_everything(data: Path) -> None:
     assert [one["content"] for one in storage.load_conversation("c")["messages"]] == ["first", "second", "third"]  # type: ignore[index]
 
 
-def test_a_forked_child_does_not_use_what_is_its_parents(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told that the directory is held, and the parent goes on."""
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_forked_child_does_not_use_what_is_its_parents(
+    data: Path, monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:
+    """It is told that the directory is held, whether it names it again or not, and the parent goes on."""
     monkeypatch.setattr("holdfast.client.sync.FIRST_CONTACT_S", 0.2)
     storage.save_conversation("c", talk(1))
+    monkeypatch.chdir(data)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         # Nothing of pytest may run here.
         try:
-            storage.configure(data)
+            if is_told:
+                storage.configure(data)
             storage.load_conversation("c")
         except OSError as error:
             os.write(writer, str(error.errno).encode())
@@ -632,6 +637,39 @@ def test_a_forked_child_does_not_use_what_is_its_parents(data: Path, monkeypatch
     assert os.read(reader, 100) == str(errno.EBUSY).encode()
     os.close(reader)
     assert storage.load_conversation("c")["messages"] == talk(1)  # type: ignore[index]
+
+
+def test_a_forked_child_opens_nothing_else_than_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program has opened itself is no good there, and what it says is what the child hears."""
+    monkeypatch.chdir(tmp_path)
+    reader, writer = os.pipe()
+    with holdfast.open(tmp_path / "own") as own:
+        storage.use(own)
+        storage.save_conversation("c", talk(1))
+        child = os.fork()
+        if child == 0:
+            # Nothing of pytest may run here.
+            try:
+                storage.load_conversation("c")
+            except OSError as error:
+                os.write(writer, str(error).encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        os.waitpid(child, 0)
+
+        assert "a forked child must open or connect for itself" in os.read(reader, 1_000).decode()
+        os.close(reader)
+        assert not (tmp_path / "data").exists()
+        storage.close()
+
+
+@pytest.mark.parametrize("hours", [1e308, float("inf"), 1e12])
+def test_nothing_is_older_than_everything(data: Path, hours: float) -> None:
+    """However many hours that is."""
+    storage.save_conversation("c", talk(1))
+
+    assert storage.cleanup_old_sessions(hours) == {"deleted": 0, "errors": 0}
 
 
 def test_the_zone_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def test_authors_follow_from_roles() -> None:
         (say("é" * 513), TooLarge, "this one has 1026"),
         (say(metadata={"x": "y" * 2000}), TooLarge, "1024"),
         (say(author="nobody"), InvalidRecord, "author must be one of"),
-        (say(tokens_used=-1), InvalidRecord, "tokens_used must be a whole number of 0 or more"),
+        (say(tokens_used=-1), InvalidRecord, "tokens_used must be a whole number from 0 to 2147483647"),
         (say(tokens_used=1.5), InvalidRecord, "tokens_used"),
         (say(tokens_used=True), InvalidRecord, "tokens_used"),
         (say(created_at="yesterday"), InvalidRecord, "created_at must be a time"),
@@ -590,3 +590,99 @@ def test_the_backlog_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     backlog = world.state.backlog
     assert (len(backlog), backlog.since, backlog.first_seq, backlog.last_seq) == (3, 2, 3, 5)
+
+
+@pytest.mark.parametrize(("bytes_max", "kept"), [(2_000, 1), (4_000, 3), (100, 0)])
+def test_the_backlog_has_a_limit_of_bytes(monkeypatch: pytest.MonkeyPatch, bytes_max: int, kept: int) -> None:
+    """Long messages wait in the journal as well; one above the limit alone is not kept at all."""
+    monkeypatch.setattr("holdfast.core.backlog.BYTES_MAX", bytes_max)
+    world = World()
+
+    for _ in range(5):
+        world.do(say("x" * 1_000))
+
+    assert (len(world.state.backlog), world.state.backlog.since) == (kept, 5 - kept)
+
+
+def test_the_backlog_counts_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was taken, or taken back, leaves room for others."""
+    monkeypatch.setattr("holdfast.core.backlog.BYTES_MAX", 2_000)
+    world = World()
+
+    for _ in range(10):
+        world.do(say("x" * 1_000))
+        event = decided(world, say("y" * 1_000))
+        apply(world.state, event, world.now_ms, undoable=True)
+        world.state.undo(event.seq - 1)
+        world.state.backlog.take(world.state.seq)
+
+    assert len(world.state.backlog) == 0
+    world.do(say("x" * 1_000))
+    assert len(world.state.backlog) == 1
+
+
+def test_what_is_taken_back_is_not_looked_for_in_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when there was too much of it to be kept."""
+    monkeypatch.setattr("holdfast.core.backlog.EVENTS_MAX", 3)
+    world = World()
+    world.do(say("one"))
+
+    for _ in range(9):
+        event = decided(world, say("two"))
+        apply(world.state, event, world.now_ms, undoable=True)
+    world.state.undo(1)
+
+    assert world.state.backlog.since == 1
+    assert world.state.backlog.last_seq == 1
+
+
+def test_a_conversation_that_begins_again_knows_no_delivery() -> None:
+    """Not even when the earlier one, its end and its own beginning share a seq, as in a batch."""
+    world = World()
+    twice = say(channel="whatsapp", external_id="wamid.1")
+
+    for op in (twice, ConversationDelete(id="c"), twice):
+        event = decide(world.state, op, world.rules, 1, world.now_ms)
+        assert isinstance(event, Event)
+        apply(world.state, event, world.now_ms, undoable=False)
+
+    assert [message.number for message in event.messages or ()] == [1]
+    assert head(world)["message_count"] == 1
+
+
+@pytest.mark.parametrize("tokens", [-1, 2**31, 2**53, 2**64, True, 1.0])
+def test_tokens_have_a_limit(tokens: Any) -> None:
+    """Below what their sums can hold, in the archive too."""
+    with pytest.raises(InvalidRecord, match="tokens_used must be a whole number from 0 to 2147483647"):
+        World().do(say(tokens_used=tokens))
+
+
+def test_a_conversation_of_the_largest_counts_is_kept() -> None:
+    """Sums of what is allowed go through JSON."""
+    world = World()
+
+    world.do(MessageAppend(id="c", messages=[Message(role="user", content="x", tokens_used=2**31 - 1)] * 1_000))
+
+    assert head(world)["tokens_used"] == 1_000 * (2**31 - 1)
+
+
+@pytest.mark.parametrize("field", ["created_at", "updated_at"])
+@pytest.mark.parametrize("time", ["", 0, False, 1795283481987, "yesterday", []])
+def test_a_conversation_is_given_times_only(field: str, time: Any) -> None:
+    """What is none is refused, not passed over."""
+    with pytest.raises(InvalidRecord, match=f"{field} must be a time in ISO 8601"):
+        World().do(ConversationPut(id="c", value={field: time}))
+
+
+@pytest.mark.parametrize("created_at", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59.999-14:00"])
+def test_a_time_that_is_none_in_utc_is_refused(created_at: str) -> None:
+    """At both ends of the calendar."""
+    with pytest.raises(InvalidRecord, match="created_at must be a time in ISO 8601"):
+        World().do(say(created_at=created_at))
+
+
+@pytest.mark.parametrize("external_id", [2**64, -(2**63) - 1, 10**5000], ids=["above", "below", "far above"])
+def test_a_number_beyond_64_bits_is_no_external_id(external_id: int) -> None:
+    """It cannot be kept, as anywhere else."""
+    with pytest.raises(InvalidRecord, match="beyond 64 bits"):
+        World().do(say(metadata={"external_id": external_id}))

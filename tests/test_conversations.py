@@ -105,6 +105,35 @@ def test_several_messages_in_one_op(use: Use) -> None:
     use(body)
 
 
+def test_long_messages_come_in_short_pages(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, in order, from either end; a window holds as many as one reading does, the whole has all."""
+    monkeypatch.setattr("holdfast.transcripts.READ_BYTES_MAX", 5_000)
+    monkeypatch.setattr("holdfast.transcripts.READ_AT_ONCE", 2)
+
+    async def body(hf: Any) -> None:
+        for size in (10, 1_000, 3_000):
+            id = f"of {size}"
+            await settled(hf.conversations.append(id, messages=[said(f"{n} ".ljust(size)) for n in range(30)]))
+
+            whole = await settled(hf.conversations.get(id))
+            forward = await settled(hf.conversations.messages(id))
+            newest = await settled(hf.conversations.newest(id, 25))
+            page = await settled(hf.conversations.message_page(id, limit=30))
+            window = await settled(hf.conversations.window(id, messages=30))
+            by_tokens = await settled(hf.conversations.window(id, tokens=10**9))
+
+            numbers = [one["number"] for one in forward]
+            assert numbers == list(range(1, 31)) == [one["number"] for one in whole["messages"]]
+            assert [one["number"] for one in newest] == numbers[5:]
+            fitting = {10: 30, 1_000: 5, 3_000: 2}[size]
+            assert [item.id for item in page.items] == [str(number) for number in numbers[-fitting:]]
+            assert (page.next is None) == (fitting == 30)
+            for found in (window, by_tokens):
+                assert [one["number"] for one in found] == numbers[-fitting:]
+
+    use(body)
+
+
 def test_a_message_that_comes_twice_is_one(use: Use) -> None:
     """By channel and external id, also among new ones in the same op; numbers of a channel are as good as text."""
 
@@ -578,6 +607,8 @@ def test_wrong_questions_are_refused(use: Use) -> None:
             lambda: c.message_page("b", before=older),
             lambda: c.message_page("a", before=older, role="user"),
             lambda: c.page(limit=0),
+            lambda: c.page(escalated="yes"),
+            lambda: c.page(archived=1),
             lambda: c.page(cursor="nonsense"),
             lambda: c.page(cursor=older),
             lambda: c.page(cursor=cursor, archived=True),
@@ -753,6 +784,40 @@ def test_any_id_is_a_conversation(use: Use) -> None:
         for wrong in (None, True, 1.5):
             with pytest.raises(holdfast.InvalidRecord, match="expected an id"):
                 await settled(hf.conversations.get(wrong))
+
+    use(body)
+
+
+def test_what_is_no_text_is_no_id(use: Use) -> None:
+    """A lone surrogate, as comes of text decoded carelessly, is refused or not found, alone as among others."""
+
+    async def body(hf: Any) -> None:
+        c, wrong = hf.conversations, "\ud800"
+        await settled(c.append("57", "user", "one"))
+        for change in (
+            lambda: c.append(wrong, "user", "x"),
+            lambda: c.append(wrong, "user", "x", channel="w", external_id="1"),
+            lambda: c.put(wrong, {}),
+            lambda: c.delete(wrong),
+            lambda: c.archive(wrong),
+            lambda: c.hold(wrong),
+            lambda: c.hold_person(wrong),
+            lambda: hf.escalations.open(wrong, "help"),
+            lambda: c.window(wrong),
+            lambda: c.message_page(wrong),
+        ):
+            with pytest.raises((holdfast.InvalidRecord, holdfast.NotFound)):
+                await settled(change())
+        for read in (c.get, c.head, hf.escalations.get):
+            try:
+                assert await settled(read(wrong)) is None
+            except holdfast.InvalidRecord:
+                pass  # a path cannot hold it
+        with pytest.raises(holdfast.InvalidRecord):
+            async with Block(hf.pipeline()):
+                for id in ("57", wrong, "57"):
+                    await settled(c.append(id, "user", "two", channel="w"))
+        assert await texts_of(c.messages("57")) == ["one", "two", "two"]
 
     use(body)
 

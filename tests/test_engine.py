@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from holdfast.ops import (
     AnyOp,
     Batch,
     FlushReport,
+    MessageAppend,
     OrderComplete,
     OrderDelete,
     OrderPut,
@@ -733,6 +735,7 @@ def test_a_forked_child_is_refused(tmp_path: Path, is_held: bool) -> None:
     """With an error for every use, also when a thread of the parent held the lock; the parent goes on, still locked."""
     with running(tmp_path) as engine:
         do(engine, put("1"))
+        do(engine, MessageAppend(id="c", role="user", content="Hola", external_id="1"))
 
         def use() -> None:
             attempts: list[Any] = [
@@ -742,6 +745,12 @@ def test_a_forked_child_is_refused(tmp_path: Path, is_held: bool) -> None:
                 lambda: engine.page("sessions"),
                 lambda: engine.sales(),
                 lambda: engine.flush("api"),
+                lambda: engine.submit(MessageAppend(id="c", role="user", content="Hola", external_id="1")),
+                lambda: engine.transcripts.conversation("c"),
+                lambda: engine.transcripts.messages("c"),
+                lambda: engine.transcripts.page(),
+                lambda: engine.transcripts.escalations(),
+                lambda: engine.transcripts.storage(),
             ]
             for attempt in attempts:
                 try:
@@ -757,13 +766,12 @@ def test_a_forked_child_is_refused(tmp_path: Path, is_held: bool) -> None:
             else:
                 os._exit(3)
 
-        if is_held:
-            engine._lock.acquire()
-        try:
-            code = in_child(use)
-        finally:
+        assert engine._follower is not None
+        with ExitStack() as held:
             if is_held:
-                engine._lock.release()
+                held.enter_context(engine._lock)
+                held.enter_context(engine._follower._changed)
+            code = in_child(use)
 
         assert code == 0
         do(engine, put("3"))
@@ -861,6 +869,16 @@ def test_what_the_disk_refused_is_not_remembered(tmp_path: Path, monkeypatch: py
         engine.submit(StatsOrder(), retry=RETRY).wait()
 
         assert orjson.loads(engine.sales())["totals"]["allTimeOrders"] == 1
+
+
+def test_retries_of_an_earlier_version_are_taken() -> None:
+    """Their lines have no numbers of messages."""
+    line = b'{"id":"client-1","number":1,"at":0,"ops":[[0,"session.put","a",2,9,null,null]],"_holdfast":{"v":1}}'
+    known = retries.Retries()
+
+    known.load([line], 9)
+
+    assert known.find("client-1", 0, 1, "session.put", "a") == retries.Noted("session.put", "a", 2, 9, None, None)
 
 
 def test_retries_are_forgotten(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from holdfast.archive.base import ArchiveDamaged, ArchiveError
 from holdfast.engine import Engine
-from holdfast.errors import DataRefused, HoldfastError, StorageFull, Unavailable
+from holdfast.errors import DataRefused, HoldfastError, NotFound, StorageFull, Unavailable
 from holdfast.ops import ConversationDelete, EscalationOpen, Message, MessageAppend, SessionPut
 from tests.engine_harness import ANSWER_S, Disk, HandClock, Log, do, do_together, running
 
@@ -71,10 +71,11 @@ def test_readers_and_writers_do_not_disturb_each_other(tmp_path: Path) -> None:
         assert not failures
 
 
-def test_nothing_is_archived_before_it_is_synced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("durability", ["everysec", "interval"])
+def test_nothing_is_archived_before_it_is_synced(tmp_path: Path, durability: Any) -> None:
     """What a power cut could take out of the journal must not be in the archive."""
     with running(tmp_path) as engine:
-        do(engine, say("one"), durability="interval")
+        do(engine, say("one"), durability=durability)
         assert engine.transcripts.external_numbers("c", [], 0) == {}
         time.sleep(0.2)
         assert engine.status()["archived_seq"] == 0
@@ -99,6 +100,34 @@ def test_an_op_that_a_full_disk_takes_back_is_not_archived(tmp_path: Path, monke
         assert contents(engine) == ["one", "two"]
 
 
+def test_what_a_full_disk_takes_back_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is what else happened since the last message, which no archive hears of."""
+    disk = Disk(monkeypatch)
+    with running(tmp_path) as engine:
+        do(engine, say("one"))
+        assert contents(engine) == ["one"]
+        for number in range(5):
+            do(engine, SessionPut(id=str(number), value={}))
+        disk.fill()
+        with pytest.raises(StorageFull):
+            do(engine, say("lost"))
+
+        assert contents(engine) == ["one"]
+
+
+def test_a_refused_batch_is_waited_for_by_nobody(tmp_path: Path) -> None:
+    """Its first op may have been about a conversation, its last one refused."""
+    with running(tmp_path) as engine:
+        do(engine, say("one"))
+        assert contents(engine) == ["one"]
+        do(engine, SessionPut(id="s", value={}))
+        with pytest.raises(NotFound):
+            do_together(engine, say("two"), ConversationDelete(id="d"))
+
+        assert contents(engine) == ["one"]
+        assert engine.transcripts.figures().messages == 1
+
+
 def test_members_of_a_batch_are_archived(tmp_path: Path) -> None:
     """Also when they are read from the journal again."""
     with running(tmp_path) as engine:
@@ -119,6 +148,51 @@ def test_a_follower_far_behind_reads_the_journal(tmp_path: Path, monkeypatch: py
 
         assert contents(engine) == [str(number) for number in range(300) if number % 3]
         assert contents(engine, "d") == [str(number) for number in range(0, 300, 3)]
+
+
+@pytest.mark.parametrize("durability", ["always", "everysec", "interval"])
+def test_more_than_memory_keeps_may_wait_to_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durability: Any
+) -> None:
+    """What is not synced yet is not looked for in the journal, where it may be missing and may be cut off again."""
+    monkeypatch.setattr("holdfast.core.backlog.EVENTS_MAX", 5)
+    monkeypatch.setattr("holdfast.archive.follower.LAZY_S", 0.001)
+    disk, log, may_sync = Disk(monkeypatch), Log(), threading.Event()
+    with running(tmp_path, log=log) as engine:
+        do(engine, say("0"))
+        disk.before_sync = lambda: may_sync.wait(ANSWER_S) and None
+        tickets = [engine.submit(say(str(number)), durability=durability) for number in range(1, 60)]
+        time.sleep(0.1)
+        archived_seq = engine.status()["archived_seq"]
+        durable_seq = engine.status()["durable_seq"]
+        may_sync.set()
+        for ticket in tickets:
+            ticket.wait(ANSWER_S)
+
+        assert archived_seq <= durable_seq < 60
+        assert contents(engine) == [str(number) for number in range(60)]
+    assert not log.named("archive.damaged")
+
+
+def test_a_full_disk_takes_back_more_than_memory_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seqs of what was taken back are given again; what has them then is archived."""
+    monkeypatch.setattr("holdfast.core.backlog.EVENTS_MAX", 5)
+    monkeypatch.setattr("holdfast.archive.follower.LAZY_S", 0.001)
+    disk, log = Disk(monkeypatch), Log()
+    with running(tmp_path, log=log) as engine:
+        do(engine, say("0"))
+        disk.fill()
+        with pytest.raises(StorageFull):
+            do_together(engine, *(say("lost", f"c{number}") for number in range(30)))
+        for _ in range(30):
+            with pytest.raises(StorageFull):
+                do(engine, say("lost"))
+        disk.free()
+        for number in range(1, 40):
+            do(engine, say(str(number)))
+
+        assert contents(engine) == [str(number) for number in range(40)]
+    assert not log.named("archive.damaged")
 
 
 # The archive cannot be written.
@@ -248,6 +322,36 @@ def test_what_an_archive_takes_with_it_is_told(tmp_path: Path) -> None:
         assert do(engine, say("four")).numbers == [4]
 
     assert log.named("archive.rebuilt")[0]["lost_messages"] == 2
+
+
+def replaced(path: Path) -> None:
+    """As by an operator who puts an older one back."""
+    other = path.with_name("other.db")
+    shutil.copyfile(path, other)
+    other.replace(path)
+
+
+@pytest.mark.parametrize("spoil", [lost, replaced])
+def test_an_archive_that_vanishes_while_it_is_open_loses_nothing(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    """Neither what it had alone nor what came after: the next flush notices before the journal is given up."""
+    log = Log()
+    with running(tmp_path, log=log, journal_keep=0) as engine:
+        do(engine, say("one"))
+        engine.flush("api")
+        spoil(tmp_path / "archive.db")
+        do(engine, say("two"))
+        engine.flush("api")
+        do(engine, say("three"))
+
+        engine.flush("api")
+
+        assert contents(engine) == ["one", "two", "three"]
+        until(lambda: bool(log.named("archive.rebuilt")))
+        assert log.named("archive.rebuilt")[0]["lost_messages"] == 0
+        assert "removed or replaced" in log.named("archive.damaged")[0]["reason"]
+    with running(tmp_path, journal_keep=0) as engine:
+        assert contents(engine) == ["one", "two", "three"]
+        assert not engine.degraded
 
 
 def test_what_can_be_read_of_a_damaged_archive_is_saved(tmp_path: Path) -> None:

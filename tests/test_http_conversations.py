@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import shutil
+import threading
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from holdfast.archive.follower import Follower
 from tests.http_harness import Served, serve_and
 
 CHAT = "/v1/conversations/573001234567"
@@ -346,5 +348,65 @@ def test_sales_are_added_up_for_charts(tmp_path: Path):
         assert [(one["period"], one["totalOrders"], "totalRevenue" in one) for one in music.json["periods"]] == [
             ("2026-11-01", 1, False)
         ]
+
+    serve_and(scenario, tmp_path)
+
+
+def test_reads_that_wait_for_the_archive_hold_up_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """However many they are: lists of sessions, figures and flushes go on."""
+    may_read = threading.Event()
+    archive = Follower.archive
+
+    def slow(self: Follower, *options: Any) -> Any:
+        may_read.wait(60)
+        return archive(self, *options)
+
+    async def scenario(served: Served) -> None:
+        await append(served, "Hola")
+        monkeypatch.setattr(Follower, "archive", slow)
+        paths = [
+            CHAT,
+            f"{CHAT}/messages",
+            f"{CHAT}/window",
+            "/v1/conversations",
+            "/v1/escalations",
+            "/v1/stats/storage",
+        ]
+        reads = [asyncio.create_task(served.ask("GET", path)) for path in paths * 8]
+        await asyncio.sleep(0.2)
+        try:
+            others = [
+                await served.ask("GET", "/v1/sessions"),
+                await served.ask("GET", "/metrics"),
+                await served.ask("POST", "/v1/admin/flush"),
+            ]
+        finally:
+            may_read.set()
+
+        assert [answer.status for answer in others] == [200] * 3
+        assert {answer.status for answer in await asyncio.gather(*reads)} == {200}
+
+    serve_and(scenario, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"delete_messages": True},
+        {"idle_hours": 1, "days": 1},
+        {"idle_hours": 1, "delete_messages": True},
+        {"idle_hours": 1, "dry_run": True},
+    ],
+)
+def test_a_cleanup_that_does_not_say_what_goes_is_refused(tmp_path: Path, wanted: dict[str, Any]):
+    """Rather than to delete something else than was meant."""
+
+    async def scenario(served: Served) -> None:
+        await append(served, "Hola")
+
+        answer = await served.ask("POST", "/v1/admin/cleanup", wanted)
+
+        assert (answer.status, answer.json["code"]) == (422, "invalid_record")
+        assert (await served.ask("GET", CHAT)).json["message_count"] == 1
 
     serve_and(scenario, tmp_path)

@@ -169,7 +169,9 @@ class Model:
             case EscalationOpen():
                 return self._escalate(op, seq, now_ms), True
             case PersonHold():
-                self.holds = self.holds | {op.id} if op.hold else self.holds - {op.id}
+                if op.hold == (op.id in self.holds):
+                    return Answer(status=200, seq=seq - 1, id=op.id), False
+                self.holds = self.holds ^ {op.id}
                 return Answer(status=200, seq=seq, id=op.id), True
         raise AssertionError(op)
 

@@ -52,6 +52,33 @@ def left(data: Path, *, conversations: Any = (), escalations: Any = ()) -> None:
             path.write_text(json.dumps(old, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        [b"\xff\xfe.json"],
+        ["日".encode() * 80 + b".json"],
+        [b"a" * 240 + b"1.json", b"a" * 240 + b"2.json"],
+        ["日".encode() * 70 + b"1.json", "日".encode() * 70 + b"2.json"],
+    ],
+)
+def test_a_file_that_cannot_be_taken_may_have_any_name(tmp_path: Path, names: list[bytes]) -> None:
+    """All of them are kept, each with its report, and the others are taken over."""
+    left(tmp_path, conversations=[old_conversation("a")])
+    for number, name in enumerate(names):
+        (tmp_path / "conversations" / os.fsdecode(name)).write_text(f"{{broken {number}")
+
+    with running(tmp_path) as engine:
+        assert engine.get("conversations", "a") is not None
+        assert engine.degraded == []
+
+    kept = [path for path in (tmp_path / "quarantine").iterdir() if not path.name.endswith(".report.json")]
+    assert sorted(path.read_text() for path in kept) == [f"{{broken {number}" for number in range(len(names))]
+    for path in kept:
+        report = orjson.loads(path.with_name(f"{path.name}.report.json").read_bytes())
+        assert report["file"].startswith("conversations/")
+    assert list((tmp_path / "conversations").iterdir()) == []
+
+
 def messages_in(engine: Engine, id: str) -> list[dict[str, Any]]:
     """All of them, as they are shown."""
     page = engine.transcripts.messages(id, limit=1_000, after=0)
@@ -274,6 +301,25 @@ def test_files_that_an_old_bot_writes_again(tmp_path: Path) -> None:
     assert "with other messages" in log.named("conversation.import_failed")[0]["reason"]
     assert len(names_in(data, "quarantine/*-other.json")) == 1
     assert names_in(data, "conversations/*") == []
+
+
+def test_of_two_files_the_one_with_the_right_name_counts(tmp_path: Path) -> None:
+    """A copy that somebody made beside it is set aside, wherever its name stands; without the other, or when that is broken,
+    it is taken."""
+    data = tmp_path / "data"
+    left(data, conversations=[old_conversation(id) for id in ("57", "58", "59")])
+    place = data / "conversations"
+    for id in ("57", "58", "59"):
+        copy = old_conversation(id, [{"role": "user", "content": "copy"}])
+        (place / f"{id} (copy).json").write_text(json.dumps(copy))
+    (place / "58.json").unlink()
+    (place / "59.json").write_text('{"id": "59')
+
+    with running(data) as engine:
+        assert [message["content"] for message in messages_in(engine, "57")] == [one["content"] for one in LINES]
+        for id in ("58", "59"):
+            assert [message["content"] for message in messages_in(engine, id)] == ["copy"]
+    assert names_in(data, "quarantine/*57 (copy).json")
 
 
 def test_links_and_pipes_are_left_alone(tmp_path: Path) -> None:

@@ -177,6 +177,53 @@ def test_idle_conversations_are_removed(tmp_path: Path) -> None:
         assert [item.id for item in engine.transcripts.page().items] == ["c"]
 
 
+def test_each_removal_of_idle_conversations_is_logged(tmp_path: Path) -> None:
+    """Also one that the limit ended."""
+    log = Log()
+    with running(tmp_path, log=log) as engine:
+        for id in "abc":
+            talk(engine, id, 2)
+
+        for _ in range(2):
+            retention.remove_idle(engine, 24, engine.now_ms(), limit=2)
+
+    assert [fields["deleted"] for fields in log.named("retention.idle_removed")] == [2, 1]
+
+
+def test_idle_conversations_are_removed_many_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sync serves many; what is held or cannot be removed keeps the others from nothing."""
+    disk = Disk(monkeypatch)
+    with running(tmp_path) as engine:
+        for number in range(200):
+            talk(engine, f"{number:03}", 2)
+        do(engine, ConversationHold(id="100"))
+        do(engine, PersonHold(id="150"))
+        syncs = disk.syncs
+
+        removal = retention.remove_idle(engine, 24, engine.now_ms())
+
+        assert (removal.deleted, removal.errors, removal.held, removal.remaining) == (198, 0, 2, 0)
+        assert {item.id for item in engine.transcripts.page().items} == {"100", "150"}
+        assert disk.syncs - syncs < 50
+        agrees(engine)
+
+
+def test_idle_conversations_that_cannot_be_removed_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk takes none away, and the next time they go."""
+    disk = Disk(monkeypatch)
+    with running(tmp_path) as engine:
+        for id in "abc":
+            talk(engine, id, 2)
+        disk.fill()
+        refused = retention.remove_idle(engine, 24, engine.now_ms())
+        disk.free()
+
+        removed = retention.remove_idle(engine, 24, engine.now_ms())
+
+        assert (refused.deleted, refused.errors) == (0, 3)
+        assert (removed.deleted, removed.errors) == (3, 0)
+
+
 @pytest.mark.parametrize("days", [-1, -0.001, 36_501, float("nan"), float("inf")])
 def test_days_that_have_no_meaning_are_refused(tmp_path: Path, days: float) -> None:
     """Before anything is looked at."""

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import HoldfastError, InvalidJson, InvalidRecord, TooLarge
-from holdfast.ops import OrderComplete
+from holdfast.ops import Batch, OrderComplete
 from holdfast.values import ValueLimits, decode_object, decode_typed, encode, merge_patch
 
 KEPT = [
@@ -132,6 +132,25 @@ def test_a_wrong_type_names_its_place() -> None:
     """The message says which field."""
     with pytest.raises(InvalidRecord, match=r"\$\.id"):
         decode_typed(b'{"op":"order.complete","id":5}', OrderComplete)
+
+
+def test_a_wrong_word_is_told_with_the_right_ones() -> None:
+    """Where only a few words will do, the error names them beside the one that was found and its place."""
+    for raw, expected, found in (
+        ('{"op":"message.append","id":"a","role":"boss"}', "role to be one of assistant, system, tool, user", "'boss'"),
+        ('{"op":"message.append","id":"a","author":"bö`t"}', "author to be one of agent, bot, customer", "'bö`t'"),
+        ('{"op":"escalation.open","id":"a","reason":"r","priority":""}', "priority to be one of high, low", "''"),
+        (
+            '{"op":"message.append","id":"a","messages":[{"role":"x"}]}',
+            "role to be one of",
+            "'x' at `$.ops[0].messages[0].role`",
+        ),
+    ):
+        with pytest.raises(InvalidRecord) as refused:
+            decode_typed(f'{{"ops":[{raw}]}}'.encode(), Batch)
+
+        assert expected in refused.value.detail
+        assert found in refused.value.detail
 
 
 MERGES = [  # the table of RFC 7396, appendix A, as far as targets are objects

@@ -46,7 +46,7 @@ class Clock:
 
 # Consecutive events share their millisecond, and rendering a date costs ten times as much as the rest. One tuple,
 # replaced whole, so that no thread ever sees the time of one and the text of another.
-_cached: tuple[int, str] = (-1, "")
+_cached: tuple[int, str] = (0, "1970-01-01T00:00:00.000Z")
 
 
 def format_ms(ms: int) -> str:

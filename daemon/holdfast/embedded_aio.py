@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 from holdfast import asynchronous
@@ -50,25 +51,26 @@ class _Transcripts:
     """The engine's answers about conversations, which are read from the disk, in threads."""
 
     def __init__(self, engine: Engine) -> None:
+        self._ask = engine.ask
         self._transcripts = engine.transcripts
 
     async def conversation(self, id: str) -> Record | None:
-        return await asyncio.to_thread(self._transcripts.conversation, id)
+        return await self._ask(partial(self._transcripts.conversation, id))
 
     async def page(self, **wanted: Any) -> Page:
-        return await asyncio.to_thread(self._transcripts.page, **wanted)
+        return await self._ask(partial(self._transcripts.page, **wanted))
 
     async def messages(self, id: str, **wanted: Any) -> Page:
-        return await asyncio.to_thread(self._transcripts.messages, id, **wanted)
+        return await self._ask(partial(self._transcripts.messages, id, **wanted))
 
     async def window(self, id: str, *, messages: int | None = None, tokens: int | None = None) -> Window:
-        return await asyncio.to_thread(self._transcripts.window, id, messages=messages, tokens=tokens)
+        return await self._ask(partial(self._transcripts.window, id, messages=messages, tokens=tokens))
 
     async def escalations(self, **wanted: Any) -> Page:
-        return await asyncio.to_thread(self._transcripts.escalations, **wanted)
+        return await self._ask(partial(self._transcripts.escalations, **wanted))
 
     async def storage(self) -> dict[str, Any]:
-        return await asyncio.to_thread(self._transcripts.storage)
+        return await self._ask(self._transcripts.storage)
 
 
 class _Memory:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 from zoneinfo import ZoneInfo
 
 import msgspec
@@ -70,8 +70,13 @@ from holdfast.settings import Settings
 from holdfast.transcripts import Transcripts
 from holdfast.values import ValueLimits
 
+T = TypeVar("T")
+
 EXPIRE_AT_ONCE = 1_000
 """Sessions that one ``session.expire`` event may hold, so that no event and no wait for the lock is long."""
+
+ASKERS_MAX = 8
+"""Threads in which event loops have conversations read: twice what the archive reads at once, for those that wait for it."""
 
 ARCHIVE_WAIT_S = 5.0
 """What a flush gives the archive to catch up; when it does not, the journal is kept for it."""
@@ -193,9 +198,10 @@ class Engine:
         self._expiry_clock = _ConfirmedClock(clock)
         self._close_guard = threading.Lock()
         self._submitter: ThreadPoolExecutor | None = None
+        self._askers: ThreadPoolExecutor | None = None
         self.lease_queue = LeaseQueue()
         state.on_released = self.lease_queue.released
-        self.transcripts = Transcripts(self.get, clock.now_ms)
+        self.transcripts = Transcripts(self.get, clock.now_ms, self._check_readable)
         self._follower: Follower | None = None
         self._mirror: mirror.Mirror | None = None
         _open_engines.add(self)
@@ -241,9 +247,7 @@ class Engine:
             transcripts=self.transcripts,
             stamp=stamp,
         )
-        writer = self._mirror = mirror.Mirror(
-            self.settings.data_dir, source, trusted_seq, self._state.seq, self._log
-        )
+        writer = self._mirror = mirror.Mirror(self.settings.data_dir, source, trusted_seq, self._state.seq, self._log)
         self._flusher.before_publishing = writer.begin
         self._flusher.after_flush = writer.flushed
         writer.start()
@@ -337,7 +341,9 @@ class Engine:
         if type(op) is not MessageAppend:
             return False
         line = self._state.conversations.get(op.id)
-        return line is not None and record.header_of(line).born <= self._state.externals_since and bool(external_ids(op))
+        return (
+            line is not None and record.header_of(line).born <= self._state.externals_since and bool(external_ids(op))
+        )
 
     async def _beside(self, submit: Callable[[], Ticket]) -> Ticket:
         if self._submitter is None:
@@ -347,6 +353,19 @@ class Engine:
             future = self._submitter.submit(submit)
         except RuntimeError:
             return submit()  # closed: it says so
+        return await asyncio.wrap_future(future)
+
+    async def ask(self, question: Callable[[], T]) -> T:
+        """What *question*, which is one to ``transcripts``, answers; for event loops.
+
+        It has threads of its own: however many wait for an archive that cannot be written, nobody else waits for a thread.
+        """
+        if self._askers is None:
+            self._askers = ThreadPoolExecutor(ASKERS_MAX, "holdfast-ask")
+        try:
+            future = self._askers.submit(question)
+        except RuntimeError:
+            raise self._refusal or Unavailable("closed; open it again") from None
         return await asyncio.wrap_future(future)
 
     def _known_messages(self, op: MessageAppend) -> Externals:
@@ -811,8 +830,9 @@ class Engine:
             with self._lock:
                 self._refusal = self._refusal or Unavailable("stopping; connect again when it is back")
             self.lease_queue.dismiss()
-            if self._submitter is not None:
-                self._submitter.shutdown(wait=False)
+            for executor in (self._submitter, self._askers):
+                if executor is not None:
+                    executor.shutdown(wait=False)
             try:
                 try:
                     if flush:
@@ -853,7 +873,7 @@ class Engine:
         # A thread of the parent may have held them at the fork; here nobody would ever release them.
         self._lock = threading.Lock()
         self._close_guard = threading.Lock()
-        self._submitter = None
+        self._submitter = self._askers = None
         self.feed.refuse_in_child(self._refusal)
         if self._directory_lock is not None:
             self._directory_lock.abandon()

@@ -36,6 +36,12 @@ PAGE_MAX = 1_000
 WHOLE_BYTES_MAX = 64 << 20
 """A conversation above this is read in pages."""
 
+READ_BYTES_MAX = 16 << 20
+"""Of the messages that are read at once: a page or a window ends there, however many were asked for."""
+
+READ_AT_ONCE = 128
+"""Messages that are read before it is known how long they are."""
+
 CHARS_A_TOKEN = 4
 """For messages whose tokens nobody counted: about what English text takes, and more than most others."""
 
@@ -48,10 +54,13 @@ NUMBER_DIGITS_MAX = 18
 class Transcripts:
     """The conversations of one engine, for reading; as long as the engine is open. Thread-safe."""
 
-    def __init__(self, get: Callable[[str, str], Record | None], now_ms: Callable[[], int]) -> None:
-        """*get* reads a record of memory in its last durable state."""
+    def __init__(
+        self, get: Callable[[str, str], Record | None], now_ms: Callable[[], int], check_readable: Callable[[], None]
+    ) -> None:
+        """*get* reads a record of memory in its last durable state; *check_readable* raises when nothing can be read."""
         self._get = get
         self._now_ms = now_ms
+        self._check_readable = check_readable
         self._follower: Follower | None = None
 
     def follow_with(self, follower: Follower) -> None:
@@ -74,13 +83,13 @@ class Transcripts:
         end = orjson.loads(head.value)["last_number"] + 1
         wanted = MessageQuery(limit=PAGE_MAX, newest=False, before=end)
         while True:
-            found = self._messages(id, wanted)
+            found, is_cut = self._messages(id, wanted)
             for message in found:
                 messages.append(encode_message(message))
                 size += len(messages[-1])
             if size > WHOLE_BYTES_MAX:
                 raise TooLarge(f"conversation {id!r} has more than {WHOLE_BYTES_MAX} bytes; read its messages in pages")
-            if len(found) < PAGE_MAX:
+            if len(found) < PAGE_MAX and not is_cut:
                 break
             wanted = msgspec.structs.replace(wanted, after=found[-1].number)
         if self._get("conversations", id) is None:
@@ -109,11 +118,13 @@ class Transcripts:
             active_within_s, older_than_s: updated at most, more than so many seconds ago.
 
         Raises:
-            BadRequest: a limit below 1, or a cursor of another list.
+            BadRequest: a limit below 1, a flag that is none, or a cursor of another list.
         """
         limit = _limit(limit)
         _check_text(user_id, "user_id")
         _check_text(session_id, "session_id")
+        _check_flag(escalated, "escalated")
+        _check_flag(archived, "archived")
         # The spans themselves, not the moments they come to: those are others for every page.
         filters = [user_id, session_id, escalated, archived, since_ms, until_ms, active_within_s, older_than_s]
         after = _decoded(cursor, "conversations", filters, tuple[int, str])
@@ -154,7 +165,7 @@ class Transcripts:
     ) -> Page:
         """Messages of one conversation, in order: the newest of those that are wanted or, with *after*, the oldest.
 
-        Each item's id is the message's number, its value the message.
+        Each item's id is the message's number, its value the message. Long messages make a page shorter than *limit*.
 
         Args:
             before: ``next`` of the page that followed, or a number: only older ones.
@@ -189,9 +200,9 @@ class Transcripts:
             limit=limit + 1,
             newest=after is None,
         )
-        found = self._messages(id, wanted)
-        has_more = len(found) > limit
-        if has_more:
+        found, is_cut = self._messages(id, wanted)
+        has_more = is_cut or len(found) > limit
+        if len(found) > limit:
             found = found[1:] if after is None else found[:-1]
         items = [Record(str(message.number), 1, encode_message(message)) for message in found]
         if not has_more:
@@ -202,6 +213,8 @@ class Transcripts:
 
     def window(self, id: str, *, messages: int | None = None, tokens: int | None = None) -> Window:
         """The newest messages that fit, oldest first, never a tool's result without its call.
+
+        However much was asked for, they are WINDOW_MAX at most, and about READ_BYTES_MAX bytes.
 
         Args:
             messages: at most so many; without both, 20.
@@ -225,17 +238,17 @@ class Transcripts:
         if messages is None:
             return self._token_window(id, tokens or 0)
         wanted = MessageQuery(limit=min(messages, WINDOW_MAX))
-        found = self._messages(id, wanted)
+        found, _ = self._messages(id, wanted)
         return whole_calls(found if tokens is None else _fitting(found, tokens))
 
     def _token_window(self, id: str, tokens: int) -> list[StoredMessage]:
         newest: list[StoredMessage] = []
         wanted = MessageQuery(limit=50)
         while len(newest) < WINDOW_MAX:
-            found = self._messages(id, wanted)
+            found, is_cut = self._messages(id, wanted)
             newest = found + newest
             fitting = _fitting(newest, tokens)
-            if len(found) < wanted.limit or len(fitting) < len(newest):
+            if is_cut or len(found) < wanted.limit or len(fitting) < len(newest):
                 return whole_calls(fitting)
             wanted = msgspec.structs.replace(wanted, before=newest[0].number, limit=200)
         return whole_calls(newest)
@@ -307,10 +320,31 @@ class Transcripts:
         if self._get("conversations", id) is None:
             raise NotFound(f"no conversation {id!r:.80}")
 
-    def _messages(self, id: str, wanted: MessageQuery) -> list[StoredMessage]:
+    def _messages(self, id: str, wanted: MessageQuery) -> tuple[list[StoredMessage], bool]:
+        """What is *wanted*, up to about READ_BYTES_MAX, and whether there may be more of it behind these."""
+        found: list[StoredMessage] = []
+        size, at_once = 0, READ_AT_ONCE
+        while True:
+            asked = msgspec.structs.replace(wanted, limit=min(at_once, wanted.limit - len(found)))
+            some = self._some(id, asked)
+            found = some + found if wanted.newest else found + some
+            size += sum(len(message.content) + len(message.metadata) for message in some)
+            if len(some) < asked.limit or len(found) == wanted.limit:
+                return found, False
+            if size >= READ_BYTES_MAX:
+                return found, True
+            # As many as should fit when they are as long as those so far.
+            at_once = max(1, (READ_BYTES_MAX - size) * len(found) // max(size, 1))
+            if wanted.newest:
+                wanted = msgspec.structs.replace(wanted, before=found[0].number)
+            else:
+                wanted = msgspec.structs.replace(wanted, after=found[-1].number)
+
+    def _some(self, id: str, wanted: MessageQuery) -> list[StoredMessage]:
         return self._read(lambda archive: archive.messages(id, wanted))
 
     def _read(self, question: Callable[[Archive], T]) -> T:
+        self._check_readable()
         follower = self._follower
         if follower is None:
             raise Unavailable("the archive is not open yet; try again soon")
@@ -397,6 +431,11 @@ def _check_text(text: str | None, name: str) -> None:
         (text or "").encode()
     except UnicodeEncodeError:
         raise BadRequest(f"{name} holds a lone surrogate; send valid Unicode") from None
+
+
+def _check_flag(flag: bool | None, name: str) -> None:
+    if flag is not None and not isinstance(flag, bool):
+        raise BadRequest(f"expected {name} to be true or false, found {flag!r:.80}")
 
 
 def _limit(limit: int) -> int:

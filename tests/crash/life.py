@@ -42,10 +42,15 @@ JOURNAL_KEEP = 2_000
 
 
 class Complaints(Recorder):
-    """Says on stderr what the archive could not do."""
+    """Says on stderr what the archive could not do, and when it can again."""
+
+    def info(self, event: str, **fields: Any) -> None:
+        super().info(event, **fields)
+        if event == "archive.resumed":
+            failed("archive", "resumed")
 
     def error(self, event: str, **fields: Any) -> None:
-        self.info(event, **fields)
+        super().error(event, **fields)
         if event in ("archive.stalled", "archive.failed"):
             failed("archive", fields["reason"])
 

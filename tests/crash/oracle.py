@@ -95,8 +95,10 @@ class Ledger:
     completion of client *n* brings 2^n cents, so that the sum tells whose completion is missing or doubled.
     """
 
-    def __init__(self, client: int, seed: int | str) -> None:
+    def __init__(self, client: int, seed: int | str, *, repeats: bool = True) -> None:
+        """With *repeats* some changes are messages delivered a second time, which come to no event."""
         self.client = client
+        self._repeats = repeats
         self.records: dict[Place, Stored] = {}
         self.orders = self.completions = self.cents = 0
         self.acknowledged = 0
@@ -229,7 +231,7 @@ class Ledger:
         roll = self._random.random()
         if roll < 0.2 and self._delivered[id]:
             again = self._random.choice(self._delivered[id])
-            given = [again] if roll < 0.1 else [again, self._message(id, self._serial)]
+            given = [again] if roll < 0.1 and self._repeats else [again, self._message(id, self._serial)]
         else:
             given = [self._message(id, self._serial + part) for part in range(1 if roll < 0.7 else 3)]
             self._serial += len(given) - 1

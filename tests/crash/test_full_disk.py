@@ -133,8 +133,11 @@ def test_full_during_a_flush(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 @needs_root
 @pytest.mark.root
-def test_the_archive_finds_no_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_archive_finds_no_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the journal or after it: no op is refused for its sake, who reads is told soon, and with room it has all."""
+    monkeypatch.setattr("holdfast.archive.follower.RETRY_S", 0.2)
     long = "x" * 150_000
     # From too little for the journal to enough for the archive as well.
     rooms = range(0, 120, 3 if FULL else 20)
@@ -189,8 +192,11 @@ def test_the_archive_finds_no_room(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @needs_root
 @pytest.mark.root
-def test_full_while_the_archive_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_while_the_archive_is_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Everything else works meanwhile; once there is room it is there, whole, and nothing half made is left."""
+    monkeypatch.setattr("holdfast.archive.follower.RETRY_S", 0.2)
     rooms = [4, 8, 14, 22] if not FULL else range(2, 40)
     stalled = refused = 0
     for number, pages in enumerate(rooms):

@@ -46,7 +46,7 @@ class Written(NamedTuple):
 
     def ledger(self, events: int) -> Ledger:
         """The ledger of a life that ended after the first *events* of the segment."""
-        ledger = Ledger(0, SEED)
+        ledger = Ledger(0, SEED, repeats=False)
         for _ in range(self.snapshot_seq + events):
             ledger.propose()
             ledger.acknowledge()
@@ -55,7 +55,7 @@ class Written(NamedTuple):
 
 @pytest.fixture
 def written(tmp_path: Path) -> Written:
-    ledger = Ledger(0, SEED)
+    ledger = Ledger(0, SEED, repeats=False)
     engine = reopened(tmp_path / "data")
     for _ in range(EVENTS):
         do(engine, ledger.propose())

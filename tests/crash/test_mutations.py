@@ -47,12 +47,14 @@ CALLS = "tests/crash/test_every_call.py"
 JOURNAL = "tests/crash/test_journal_damage.py"
 SNAPSHOT = "tests/crash/test_snapshot_damage.py"
 FULL_DISK = "tests/crash/test_full_disk.py"
+DAMAGE = "tests/crash/test_archive_damage.py"
+FOLLOWER = "tests/test_follower.py"
 
 MUTATIONS = [
     Mutation("sync of the journal, by trace", "disk/journal.py", "            _sync_data(self._fd)\n", "            pass\n", TRACE),
     Mutation("sync of the journal, by power cut", "disk/journal.py", "            _sync_data(self._fd)\n", "            pass\n",
              "tests/crash/test_power_cut.py"),
-    Mutation("waiting for the sync", "commit.py", "if batch.needs_sync or checkpoint or self._is_sync_due():", "if checkpoint:", TRACE),
+    Mutation("waiting for the sync", "commit.py", "if batch.needs_sync or checkpoint or is_settling or self._is_sync_due():", "if checkpoint:", TRACE),
     Mutation("sync of a new file", "disk/files.py", "            os.fsync(fd)\n            status = os.fstat(fd)", "            status = os.fstat(fd)",
              TRACE),
     Mutation("directory sync after files came into place", "disk/files.py", "                del waiting[0]\n            self.sync()\n",
@@ -89,6 +91,26 @@ MUTATIONS = [
     Mutation("confirming the wall clock", "engine.py", "        if ahead_ms <= CLOCK_JUMP_MS:\n", "        if True:\n", "tests/crash/test_clock_jumps.py"),
     Mutation("idempotency keys over a restart", "core/state.py", "    state.keys.set(event.key,", "    undoable and state.keys.set(event.key,", "tests/test_model.py"),
     Mutation("marks of deleted orders", "core/state.py", "    state.counted.set(event.id,", "    undoable and state.counted.set(event.id,", "tests/test_model.py"),
+    Mutation("keeping the journal for the archive", "engine.py", 'self._flusher.follow("archive", lambda: follower.durable_seq)', "pass", FOLLOWER),
+    Mutation("the archive's checkpoint before the journal is pruned", "flush.py", "        self.before_pruning(seq)\n", "", FOLLOWER),
+    Mutation("the archive's watermark in the transaction of its rows", "archive/sqlite.py",
+             "            changes = Changes(connection)\n            for seq, event in events:",
+             '            connection.execute("UPDATE totals SET archived_seq = ? WHERE one = 1", (up_to,))\n            connection.execute("COMMIT")\n'
+             '            connection.execute("BEGIN IMMEDIATE")\n            changes = Changes(connection)\n            for seq, event in events:',
+             "tests/test_archive_sqlite.py"),
+    Mutation("the archive's sync before it is called durable", "archive/sqlite.py", '            self._checkpoint("FULL")\n            reached',
+             "            reached", TRACE),
+    Mutation("removing the log of an archive that is replaced", "archive/place.py",
+             "                self._remove_companions(directory, ARCHIVE)\n            directory.rename", "            directory.rename", DAMAGE),
+    Mutation("archiving only what is synced", "engine.py", "synced_seq=lambda: self._journal.synced_seq", "synced_seq=lambda: self._journal.written_seq",
+             FOLLOWER),
+    Mutation("an archive that did not sync is opened again", "archive/follower.py",
+             "if isinstance(error, ArchiveBroken) and self._archive is not None:", "if False:", CALLS),
+    Mutation("words of the journal before those of a damaged archive", "archive/follower.py",
+             "min(last_numbers.get(id, 0), first_numbers.get(id, _NUMBER_MAX) - 1)", "last_numbers.get(id, 0)", DAMAGE),
+    Mutation("noticing that the archive was cut", "archive/sqlite_file.py", "        if _is_cut(path, connection):", "        if False:", DAMAGE),
+    Mutation("external ids of a conversation that was deleted", "core/conversations.py", "found is not None and found.born == born", "found is not None",
+             "tests/test_conversation_ops.py"),
 ]  # fmt: skip
 
 

@@ -172,6 +172,11 @@ class ArchiveDamaged(Exception):
     """What the archive holds cannot be read. It has to be made anew."""
 
 
+class ArchiveGone(ArchiveDamaged):
+    """Somebody removed or replaced it while it was open. It can still be read, until it is closed; but who opens it next
+    does not find it."""
+
+
 class Archive(ABC):
     """One archive, open.
 

@@ -20,9 +20,11 @@ from holdfast.archive.base import (
     ArchiveBroken,
     ArchiveDamaged,
     ArchiveError,
+    ArchiveGone,
     ConversationQuery,
     Escalation,
     Head,
+    MessageQuery,
 )
 from holdfast.clock import parse_ms
 from holdfast.core.backlog import Backlog
@@ -43,6 +45,9 @@ READ_TRIES = 2
 """… and how many failed tries to write it, since a full disk is none the emptier for waiting."""
 
 JOURNAL_READ_BYTES = 1 << 20
+
+MESSAGES_AT_ONCE = 500
+"""Of one conversation, that are taken from an old archive together."""
 
 _NUMBER_MAX = 2**63
 
@@ -112,13 +117,14 @@ class Follower:
         self._log = log
         self._changed = threading.Condition()
         self._hurry = threading.Event()
-        self._wanted_seq = 0
         self._wanted_durable_seq = 0
         self._is_closing = False
         self._archive: Archive | None = None
         # Why there is no archive that could be used; empty for one that never was.
         self._damage: str | None = None
         self._is_damage_told = False
+        # Whether the archive is damaged only in that it is no longer where it should be.
+        self._is_gone = False
         # Tries to write it that failed.
         self._failures = 0
         self._rebuilt: _Rebuilt | None = None
@@ -179,7 +185,6 @@ class Follower:
         if archive is not None:
             return archive
         with self._changed:
-            self._wanted_seq = max(self._wanted_seq, target)
             self._hurry.set()
             self._changed.notify_all()
         if source.synced_seq() < target:
@@ -240,9 +245,9 @@ class Follower:
         return archive if archive is not None and archive.archived_seq >= seq else None
 
     def _has_events(self) -> bool:
-        backlog = self._source.backlog
+        backlog, synced_seq = self._source.backlog, self._source.synced_seq()
         first_seq = backlog.first_seq
-        return backlog.since > self.archived_seq or (first_seq is not None and first_seq <= self._source.synced_seq())
+        return min(backlog.since, synced_seq) > self.archived_seq or (first_seq is not None and first_seq <= synced_seq)
 
     def _has_work(self) -> bool:
         return (
@@ -291,7 +296,7 @@ class Follower:
             except ArchiveDamaged as error:
                 if self._damage is not None:
                     reason = str(error)  # it was being made anew: without a pause, this would go in a circle
-                self._damage = str(error)
+                self._damage, self._is_gone = str(error), isinstance(error, ArchiveGone)
             except Gone as error:
                 self._damage = f"it is older than the journal: {error}"
             except (ArchiveError, OSError) as error:
@@ -316,9 +321,10 @@ class Follower:
         with source.lock:
             since = source.backlog.since
             events = source.backlog.take(synced_seq)
-        if archive.archived_seq < since:
-            # What waited was too much to be kept, or could not be stored when it was taken; it stands in the journal.
-            self._read_journal(archive, since)
+        if archive.archived_seq < min(since, synced_seq):
+            # What waited was too much to be kept, or could not be stored when it was taken; it stands in the journal. What
+            # is not synced may be missing there still, or be cut off and written anew.
+            self._read_journal(archive, min(since, synced_seq))
         if events or self._wanted_durable_seq > archive.archived_seq:
             archive.apply(events, synced_seq)
         if self._rebuilt is not None:
@@ -364,7 +370,7 @@ class Follower:
         if damage and not self._is_damage_told:
             self._log.error("archive.damaged", reason=damage)
             self._is_damage_told = True
-        if self._archive is not None:
+        if self._archive is not None and not self._is_gone:
             self._archive.close()
             self._archive = None
         synced_seq = source.synced_seq()
@@ -379,7 +385,7 @@ class Follower:
             archive.fill(heads, source.escalations())
             salvaged = 0
             first_numbers = self._first_numbers(synced_seq) if damage else {}
-            for id, messages in self._place.salvage() if damage else ():
+            for id, messages in self._saved(heads) if damage else ():
                 if self._is_closing:
                     raise ArchiveError("closed while the archive was made anew")
                 # What has a higher number was never acknowledged, or its event is lost; the number is given again. What
@@ -394,11 +400,26 @@ class Follower:
         except BaseException:
             archive.close()
             raise
+        if self._archive is not None:
+            # Before the new one has its name: whoever closes the old one removes what lies beside that name.
+            self._archive.close()
+            self._archive = None
         self._archive = self._place.adopt(archive)
-        self._damage, self._is_damage_told = None, False
+        self._damage, self._is_damage_told, self._is_gone = None, False, False
         if damage or heads:
             self._rebuilt = _Rebuilt(newest_seq, salvaged, is_first=not damage)
             self._tell_rebuilt(self._archive, self._rebuilt)
+
+    def _saved(self, heads: list[Head]) -> Iterator[tuple[str, list[StoredMessage]]]:
+        """What the old archive still gives: as long as it is open by itself, else what is in its place."""
+        if self._archive is None:
+            yield from self._place.salvage()
+            return
+        for head in heads:
+            wanted = MessageQuery(newest=False, limit=MESSAGES_AT_ONCE)
+            while found := self._archive.messages(head.id, wanted):
+                yield head.id, found
+                wanted = MessageQuery(newest=False, limit=MESSAGES_AT_ONCE, after=found[-1].number)
 
     def _tell_rebuilt(self, archive: Archive, rebuilt: _Rebuilt) -> None:
         """Say what an archive made anew has and lacks, once it has come to where the heads were that it began with."""

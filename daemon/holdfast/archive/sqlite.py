@@ -16,6 +16,7 @@ from holdfast.archive.base import (
     ArchiveBroken,
     ArchiveDamaged,
     ArchiveError,
+    ArchiveGone,
     ConversationQuery,
     Escalation,
     EscalationQuery,
@@ -34,6 +35,7 @@ from holdfast.archive.sqlite_file import (
     is_failed_sync,
     our_error,
     prepare,
+    reserve_log,
 )
 from holdfast.archive.sqlite_rows import (
     DAY_MS,
@@ -93,6 +95,7 @@ class SQLiteArchive(Archive):
         self._write_guard = threading.Lock()
         self._refusal: str | None = None
         self._checkpoint_at = WAL_BYTES_MAX
+        self._identity = _identity(path)
         self._writer = connect_writer(path)
         try:
             self._readers = _Readers(path)
@@ -111,6 +114,7 @@ class SQLiteArchive(Archive):
         except BaseException:
             self.close()
             raise
+        reserve_log(path)
 
     # Writing.
 
@@ -144,6 +148,9 @@ class SQLiteArchive(Archive):
     def checkpoint(self) -> None:
         """Raises ArchiveError also when a reader or another program keeps it from being complete."""
         self._check_usable()
+        # Not for the sake of this file: what is durable here is what the journal gives up.
+        if _identity(self.path) != self._identity:
+            raise ArchiveGone(f"{self.path} was removed or replaced while it was open; it has to be made anew")
         with self._write_guard:
             self._checkpoint("FULL")
             reached = self.archived_seq
@@ -542,6 +549,19 @@ class _Readers:
 
     def _are_all_back(self) -> bool:
         return len(self._idle) == len(self._all)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file *path* is; None when there is none."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ArchiveError(
+            f"{path} cannot be looked at: {error.strerror}; check the disk and its permissions"
+        ) from error
+    return found.st_dev, found.st_ino
 
 
 def _updated_since(connection: sqlite3.Connection, ms: int) -> int:

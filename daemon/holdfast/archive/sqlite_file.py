@@ -21,11 +21,17 @@ messages and later the full-text index would be chains of pages)."""
 WAL_BYTES_MAX = 4 << 20
 """Of archive.db-wal: a checkpoint is due behind this, and so much of it stays, so that a full disk leaves room to go on."""
 
+RESERVE_ONE_IN = 4
+"""So much of the room that is left may be set aside for the write-ahead log; the journal needs it more."""
+
 BUSY_MS = 5_000
 """How long somebody else, such as an operator's sqlite3 shell, is waited for."""
 
 LOG, LOG_INDEX = "-wal", "-shm"
 """What SQLite keeps beside the file while it is open: the write-ahead log, and where in it which page stands."""
+
+_KEEP_SIZE = 1
+"""FALLOC_FL_KEEP_SIZE of fallocate(2), which Python does not offer."""
 
 _SIDE_FILES = (LOG, LOG_INDEX, "-journal")
 """All that it may open there; the last one while it creates the file."""
@@ -165,6 +171,28 @@ def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def reserve_log(path: Path) -> None:
+    """Set room aside for WAL_BYTES_MAX of the write-ahead log of the file *path*, which is open.
+
+    So the events that were acknowledged before the disk was full can still be archived, without which nobody could read.
+    As far as possible: not on a disk with little room, nor where the system cannot do so.
+    """
+    import ctypes  # here, because only an archive that is opened needs it
+
+    try:
+        reserve = ctypes.CDLL(None).fallocate
+        fd = os.open(path.with_name(path.name + LOG), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (AttributeError, OSError):
+        return
+    try:
+        found = os.fstatvfs(fd)
+        if found.f_bavail * found.f_frsize >= WAL_BYTES_MAX * RESERVE_ONE_IN:
+            # The file keeps its size, as SQLite and whoever copies it goes by that. It is no matter when this fails.
+            reserve(fd, _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(WAL_BYTES_MAX))
+    finally:
+        os.close(fd)
 
 
 def connect_to_salvage(path: Path, *, with_log: bool) -> sqlite3.Connection:

@@ -7,12 +7,15 @@ crash in between, what is there already is only moved. A file that cannot be tak
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import tzinfo
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -52,8 +55,8 @@ IN_FLIGHT_MAX = 500
 TELL_EVERY = 200
 """Files between two signs of progress."""
 
-NAME_CHARS_MAX = 150
-"""Of a name in ``quarantine/``, to which an ending is added."""
+NAME_BYTES_MAX = 150
+"""Of a file's name in its name in ``quarantine/``, which has more before and behind it; file systems take 255."""
 
 
 class _OldFile(NamedTuple):
@@ -159,9 +162,14 @@ class _Import:
             if id is not None:
                 escalations.setdefault(id, []).append(old)
         taken: set[str] = set()
-        for old in self._read_all(CONVERSATIONS_PLACE):
+        strays: dict[str, None] = {}
+        for old in chain(self._read_all(CONVERSATIONS_PLACE), self._read_all(CONVERSATIONS_PLACE, strays)):
             id = self._id_of(old, "id", ".json")
             if id is None:
+                continue
+            if old.name != f"{id}.json" and old.name not in strays:
+                # Perhaps a copy that somebody made: the file that has the name for it goes first.
+                strays[old.name] = None
                 continue
             if id in taken:
                 self._set_aside(old.place, old.name, "another file has the same id; nothing of this one was taken")
@@ -186,11 +194,13 @@ class _Import:
 
     # Reading.
 
-    def _read_all(self, place: str) -> Iterator[_OldFile]:
+    def _read_all(self, place: str, names: Collection[str] | None = None) -> Iterator[_OldFile]:
+        """What *place* holds; of that, the files *names* when they are given."""
         directory = self._places.get(place)
         if directory is None:
             return
-        names = [name for name in directory.names() if name.endswith(".json") and not name.startswith(".")]
+        if names is None:
+            names = [name for name in directory.names() if name.endswith(".json") and not name.startswith(".")]
         for looked, name in enumerate(names):
             if self._cancelled.is_set():
                 raise Unavailable("stopped while old conversations were taken over; the next start goes on")
@@ -329,12 +339,23 @@ class _Import:
     def _set_aside(self, place: str, name: str, reason: str) -> None:
         """Move the file to ``quarantine/``, with a report."""
         self._broken += 1
-        self._log.error("conversation.import_failed", reason=f"{place}/{name}: {reason}")
-        new_name = f"{self._stamp}-{place}-{name}"[:NAME_CHARS_MAX]
+        # A name need not be text.
+        shown = os.fsencode(f"{place}/{name}").decode("utf-8", "backslashreplace")
+        self._log.error("conversation.import_failed", reason=f"{shown}: {reason}")
+        new_name = f"{self._stamp}-{place}-{_short(name)}"
         with self._data.subdirectory("quarantine") as quarantine:
-            report = {"file": f"{place}/{name}", "reason": reason, "at": self._stamp}
+            report = {"file": shown, "reason": reason, "at": self._stamp}
             quarantine.write_atomic(f"{new_name}.report.json", [msgspec.json.encode(report) + b"\n"])
             self._places[place].move(name, quarantine, new_name)
+
+
+def _short(name: str) -> str:
+    """*name*, cut when it is long; then still no other's."""
+    raw = os.fsencode(name)
+    if len(raw) <= NAME_BYTES_MAX:
+        return name
+    mark = hashlib.blake2b(raw, digest_size=16).hexdigest()
+    return f"{os.fsdecode(raw[: NAME_BYTES_MAX - len(mark) - 1])}~{mark}"
 
 
 def _read(directory: Directory, name: str, size: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import orjson
 
 from holdfast import values
 from holdfast.clock import format_ms, parse_ms
-from holdfast.core.conversations import AUTHORS, KEPT_BY_US, ROLES, TEXT_CHARS_MAX
+from holdfast.core.conversations import AUTHORS, KEPT_BY_US, ROLES, TEXT_CHARS_MAX, TOKENS_MAX
 from holdfast.errors import HoldfastError
 from holdfast.ops import Author, Message, Role
 
@@ -55,7 +55,6 @@ _FOR_WINDOWS = ("tool_calls", "tool_call_id", "attachments")
 _EMPTY = " "
 """The content of a message that had none: the engine takes no empty one."""
 
-_TOKENS_MAX = 2**53
 _NO_LIMITS = values.ValueLimits(bytes_max=1 << 40)
 _OWN = ("user_id", "session_id")
 
@@ -82,7 +81,7 @@ def message_of(old: Any, zone: tzinfo, created_at: str | None = None) -> Message
     return Message(
         role=old["role"],
         content=old["content"],
-        tokens_used=tokens if type(tokens) is int and 0 <= tokens <= _TOKENS_MAX else None,
+        tokens_used=tokens if type(tokens) is int and 0 <= tokens <= TOKENS_MAX else None,
         author=cast(Author, author) if author in AUTHORS else None,
         metadata=rest or None,
         created_at=created_at,

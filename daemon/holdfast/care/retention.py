@@ -15,7 +15,7 @@ import orjson
 
 from holdfast.clock import parse_ms
 from holdfast.errors import Conflict, HoldfastError, InvalidRecord, NotFound, VersionMismatch
-from holdfast.ops import ConversationArchive, ConversationDelete, MessageExpire
+from holdfast.ops import ConversationArchive, ConversationDelete, MessageExpire, Record
 
 if TYPE_CHECKING:
     from holdfast.archive.base import Expirable, Head
@@ -158,28 +158,50 @@ def remove_idle(engine: Engine, hours: float, now_ms: int, *, limit: int | None 
     before_ms = now_ms - round(hours * 3600 * 1000)
     removal = Removal()
     cursor: str | None = None
-    while True:
-        page = engine.transcripts.page(limit=LOOK_AT_ONCE, cursor=cursor, until_ms=before_ms)
-        for item in page.items:
-            if limit is not None and removal.deleted + removal.errors >= limit:
-                removal.remaining = 1
-                return removal
-            if engine.is_held(orjson.loads(item.value)):
-                removal.held += 1
-                continue
-            try:
-                # Only as it was seen: whoever writes meanwhile is not idle.
-                engine.submit(ConversationDelete(id=item.id, if_version=item.version)).wait()
-                removal.deleted += 1
-            except (VersionMismatch, NotFound):
-                continue
-            except HoldfastError:
-                removal.errors += 1
-        if page.next is None:
-            break
-        cursor = page.next
-    engine.log.info("retention.idle_removed", deleted=removal.deleted, errors=removal.errors, held=removal.held)
+    try:
+        while not removal.remaining:
+            page = engine.transcripts.page(limit=AT_ONCE, cursor=cursor, until_ms=before_ms)
+            idle = [item for item in page.items if not engine.is_held(orjson.loads(item.value))]
+            removal.held += len(page.items) - len(idle)
+            if limit is not None:
+                left = limit - removal.deleted - removal.errors
+                removal.remaining = int(len(idle) > left)
+                idle = idle[:left]
+            _remove(engine, idle, removal)
+            if page.next is None:
+                break
+            cursor = page.next
+    finally:
+        engine.log.info("retention.idle_removed", deleted=removal.deleted, errors=removal.errors, held=removal.held)
     return removal
+
+
+def _remove(engine: Engine, idle: list[Record], removal: Removal) -> None:
+    """Remove the conversations *idle* with one wait for all, and count in *removal* what became of each."""
+    tickets: list[Ticket] = []
+    outcomes: list[HoldfastError | None] = []
+    for item in idle:
+        try:
+            # Only as it was seen: whoever writes meanwhile is not idle.
+            tickets.append(engine.submit(ConversationDelete(id=item.id, if_version=item.version)))
+        except HoldfastError as error:
+            outcomes.append(error)
+    for ticket in tickets:
+        try:
+            ticket.wait()
+            outcomes.append(None)
+        except HoldfastError as error:
+            outcomes.append(error)
+    for outcome in outcomes:
+        match outcome:
+            case None:
+                removal.deleted += 1
+            case VersionMismatch() | NotFound():
+                pass
+            case Conflict():
+                removal.held += 1  # since a moment ago
+            case _:
+                removal.errors += 1
 
 
 class Daily:

@@ -198,8 +198,12 @@ class _Shared:
         self.use(None, self._data_dir, self._settings)
 
     def forget_in_child(self) -> None:
-        """In a forked child: what is open belongs to the parent, who may have held the locks."""
+        """In a forked child: what is open belongs to the parent, who may have held the locks; what was chosen stays so."""
+        # What the program has opened says itself that it is no good here; to open another place would be worse.
+        given = None if self._is_ours else self._holdfast
+        data_dir, settings = self._data_dir, self._settings
         self.__init__()  # type: ignore[misc]
+        self._holdfast, self._data_dir, self._settings = given, data_dir, settings
 
     def lock_of(self, id: str) -> threading.Lock:
         """Held by whoever saves the conversation *id*, in this process."""
@@ -380,10 +384,11 @@ def cleanup_old_sessions(timeout_hours: float = 24) -> dict[str, int]:
     """
     if not timeout_hours >= 0:
         raise ValueError(f"timeout_hours must be 0 or more, found {timeout_hours!r}")
-    if math.isinf(timeout_hours):
+    timeout_ms = timeout_hours * 3_600_000
+    if math.isinf(timeout_ms):
         return {"deleted": 0, "errors": 0}
     holdfast = _shared.holdfast()
-    before_ms = max(0, int(time.time() * 1000 - timeout_hours * 3_600_000))
+    before_ms = max(0, int(time.time() * 1000 - timeout_ms))
     deleted = errors = 0
     waiting: list[Record] = []
     for record in holdfast.conversations.list(until_ms=before_ms):

@@ -48,7 +48,10 @@ class Collection:
 
     def get(self, id: str) -> bytes | None:
         """The record as decided, durable or not."""
-        return self._shards[crc32(id.encode()) & 255].get(id)
+        try:
+            return self._shards[crc32(id.encode()) & 255].get(id)
+        except UnicodeEncodeError:
+            return None  # a lone surrogate, which no id has
 
     def set(self, id: str, record: bytes | None, seq: int, *, undoable: bool) -> bytes | None:
         """Store *record* (None removes) and return the one it replaces.
@@ -79,7 +82,10 @@ class Collection:
 
     def committed(self, id: str) -> bytes | None:
         """The record in its last durable state, without taking a lock."""
-        shard = self._shards[crc32(id.encode()) & 255]
+        try:
+            shard = self._shards[crc32(id.encode()) & 255]
+        except UnicodeEncodeError:
+            return None
         while True:
             epoch = self._epoch
             record = shard.get(id)

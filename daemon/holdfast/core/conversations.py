@@ -42,7 +42,9 @@ AUTHORS = ("bot", "agent", "customer")
 PRIORITIES = ("low", "high")
 
 _AUTHOR_OF = {"user": "customer", "assistant": "bot"}
-_COUNT_MAX = 2**53
+TOKENS_MAX = 2**31 - 1
+"""Of one message; a conversation has fewer than 2^32 of them, so that no sum leaves 64 bits."""
+
 _OF_ONE = ("role", "tokens_used", "author", "metadata", "channel", "external_id", "created_at")
 
 
@@ -132,7 +134,9 @@ def message_append(
         stored = _stored(message, number + 1, rules, now_ms)
         if stored.external_id:
             pair = (stored.channel, stored.external_id)
-            there = in_op.get(pair) or _delivered(state, op.id, pair, born) or _archived(known, pair, born)
+            there = in_op.get(pair)
+            if there is None and old is not None:
+                there = _delivered(state, op.id, pair, born) or _archived(known, pair, born)
             if there:
                 numbers.append(there)
                 continue
@@ -169,7 +173,11 @@ def conversation_put(state: State, op: ConversationPut, rules: Rules, seq: int, 
             _check_other_id(given[field], field, rules)
     if "escalated" in given and not isinstance(given["escalated"], bool):
         raise InvalidRecord(f"escalated must be true or false, found {given['escalated']!r:.80}")
-    times = {field: _moment(given[field], field, rules) for field in ("created_at", "updated_at") if given.get(field)}
+    times = {
+        field: _moment(given[field], field, rules)
+        for field in ("created_at", "updated_at")
+        if given.get(field) is not None
+    }
     for field, value in given.items():
         if field in times:
             head[field] = format_ms(min(times[field], now_ms))
@@ -381,9 +389,9 @@ def _stored(message: Message | MessageAppend, number: int, rules: Rules, now_ms:
     if size > rules.message_limits.bytes_max:
         raise TooLarge(f"a message may have {rules.message_limits.bytes_max} bytes, this one has {size}")
     if tokens is not None and (
-        isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens <= _COUNT_MAX
+        isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens <= TOKENS_MAX
     ):
-        raise InvalidRecord(f"tokens_used must be a whole number of 0 or more, found {tokens!r:.80}")
+        raise InvalidRecord(f"tokens_used must be a whole number from 0 to {TOKENS_MAX}, found {tokens!r:.80}")
     metadata = message.metadata
     if metadata is not None and not isinstance(metadata, dict):
         raise InvalidRecord(f"metadata must be a JSON object, found {type(metadata).__name__}")
@@ -423,8 +431,9 @@ def _external(message: Message | MessageAppend) -> tuple[str, str]:
 
 
 def _text_or_empty(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64:
         return str(value)
+    # What else stands there in the metadata names no message; whether it can be kept is judged with all of it.
     return value if isinstance(value, str) else ""
 
 
@@ -461,7 +470,9 @@ def _check_other_id(given: Any, field: str, rules: Rules) -> None:
 
 def _moment(text: Any, field: str, rules: Rules) -> int:
     try:
-        return parse_ms(text, rules.zone)
+        ms = parse_ms(text, rules.zone)
+        format_ms(ms)  # the first and last hours of the calendar are none in UTC
+        return ms
     except (TypeError, ValueError, OverflowError):
         raise InvalidRecord(
             f"{field} must be a time in ISO 8601 such as 2026-11-21T06:00:00.000Z, found {text!r:.80}"

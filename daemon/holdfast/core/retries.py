@@ -50,13 +50,26 @@ class _Client:
         self.noted: dict[int, Noted] = {}
 
 
+class _Op(NamedTuple):
+    """A ``Noted`` behind its place in the request; earlier versions of Holdfast wrote none of its numbers."""
+
+    place: int
+    op: str
+    id: str
+    version: int
+    seq: int
+    generation: int | None
+    until: int | None
+    numbers: list[int] | None = None
+
+
 class RetryLine(msgspec.Struct):
     """A client as a line of the snapshot; the ops are its ``noted``, each behind its index."""
 
     id: str
     number: int
     at: int
-    ops: list[tuple[int, str, str, int, int, int | None, int | None, list[int] | None]]
+    ops: list[_Op]
 
 
 class Retries:
@@ -138,8 +151,8 @@ class Retries:
         for found in sorted(map(_decode_line, lines), key=lambda line: line.at):
             known = self._clients[found.id] = _Client(found.number, found.at)
             known.noted = {
-                index: Noted(op, id, version, noted_seq, generation, until, numbers)
-                for index, op, id, version, noted_seq, generation, until, numbers in found.ops
+                one.place: Noted(one.op, one.id, one.version, one.seq, one.generation, one.until, one.numbers)
+                for one in found.ops
             }
         self.changed_seq = seq
 

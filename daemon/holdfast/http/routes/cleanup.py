@@ -82,6 +82,8 @@ async def cleanup(backend: Backend, request: Request) -> Reply:
     wanted = await body_of(backend, request, CleanupBody)
     if wanted.idle_hours is not None and (wanted.days is not None or wanted.delete_messages or wanted.dry_run):
         raise InvalidRecord("expected idle_hours alone, or days with delete_messages and dry_run, found both")
+    if wanted.delete_messages and wanted.days is None:
+        raise InvalidRecord("delete_messages goes with days; without both the settings say what is deleted")
     return json_reply(await asyncio.to_thread(partial(_clean, backend, wanted)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -191,18 +191,20 @@ class HoldBody(OptionalBody, forbid_unknown_fields=True):
 async def page(backend: Backend, request: Request, place: Place) -> Reply:
     """One page of the conversations, the one with the newest message first, without their messages."""
     query = request.query()
-    found = await asyncio.to_thread(
-        backend.engine.transcripts.page,
-        limit=limit(query, backend.settings.limits.page),
-        cursor=query.get("cursor"),
-        user_id=query.get("user_id"),
-        session_id=query.get("session_id"),
-        escalated=flag(query, "escalated"),
-        archived=flag(query, "archived"),
-        since_ms=moment_ms(query, backend),
-        until_ms=moment_ms(query, backend, "until"),
-        active_within_s=span_s(query, "active_within"),
-        older_than_s=span_s(query, "older_than"),
+    found = await backend.engine.ask(
+        partial(
+            backend.engine.transcripts.page,
+            limit=limit(query, backend.settings.limits.page),
+            cursor=query.get("cursor"),
+            user_id=query.get("user_id"),
+            session_id=query.get("session_id"),
+            escalated=flag(query, "escalated"),
+            archived=flag(query, "archived"),
+            since_ms=moment_ms(query, backend),
+            until_ms=moment_ms(query, backend, "until"),
+            active_within_s=span_s(query, "active_within"),
+            older_than_s=span_s(query, "older_than"),
+        )
     )
     return page_reply(found)
 
@@ -227,7 +229,7 @@ async def get(backend: Backend, request: Request, place: Place) -> Reply:
     reply = record_reply(request, head)
     if reply.status == 304 or flag(query, "messages") is False:
         return reply
-    found = await asyncio.to_thread(backend.engine.transcripts.conversation, place.id)
+    found = await backend.engine.ask(partial(backend.engine.transcripts.conversation, place.id))
     if found is None:
         raise NotFound(f"no conversation {place.id!r:.80}")
     return record_reply(request, found)
@@ -278,22 +280,25 @@ async def append(backend: Backend, request: Request, place: Place) -> Reply:
 async def messages(backend: Backend, request: Request, place: Place) -> Reply:
     """The newest messages of a conversation or, with ``after``, the oldest; in order either way.
 
-    ``next`` goes on: as ``before`` to older ones or, where ``after`` was given, as ``after`` to newer ones.
+    ``next`` goes on: as ``before`` to older ones or, where ``after`` was given, as ``after`` to newer ones. A page ends at
+    about 16 MiB, whatever its ``limit``.
 
     Raises:
         NotFound: no such conversation.
     """
     query = request.query()
-    found = await asyncio.to_thread(
-        backend.engine.transcripts.messages,
-        place.id,
-        limit=limit(query, backend.settings.limits.page),
-        before=query.get("before"),
-        after=integer(query["after"], "after") if "after" in query else None,
-        role=query.get("role"),
-        author=query.get("author"),
-        since_ms=moment_ms(query, backend),
-        until_ms=moment_ms(query, backend, "until"),
+    found = await backend.engine.ask(
+        partial(
+            backend.engine.transcripts.messages,
+            place.id,
+            limit=limit(query, backend.settings.limits.page),
+            before=query.get("before"),
+            after=integer(query["after"], "after") if "after" in query else None,
+            role=query.get("role"),
+            author=query.get("author"),
+            since_ms=moment_ms(query, backend),
+            until_ms=moment_ms(query, backend, "until"),
+        )
     )
     return page_reply(found)
 
@@ -309,15 +314,19 @@ async def messages(backend: Backend, request: Request, place: Place) -> Reply:
 async def window(backend: Backend, request: Request, place: Place) -> Reply:
     """The newest messages of a conversation that fit, oldest first, never a tool's result without its call.
 
+    However much was asked for, they are 10,000 and about 16 MiB at most.
+
     Raises:
         NotFound: no such conversation.
     """
     query = request.query()
-    found = await asyncio.to_thread(
-        backend.engine.transcripts.window,
-        place.id,
-        messages=positive(query, "messages"),
-        tokens=positive(query, "tokens"),
+    found = await backend.engine.ask(
+        partial(
+            backend.engine.transcripts.window,
+            place.id,
+            messages=positive(query, "messages"),
+            tokens=positive(query, "tokens"),
+        )
     )
     return Reply(200, b'{"items":[%b],"next":null,"tokens_used":%d}' % (encode_items(found.items), found.tokens_used))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -68,12 +68,14 @@ class OpenBody(msgspec.Struct, forbid_unknown_fields=True):
 async def page(backend: Backend, request: Request, place: Place) -> Reply:
     """One page of the escalations: those of high priority first, then the one that waits longest."""
     query = request.query()
-    found = await asyncio.to_thread(
-        backend.engine.transcripts.escalations,
-        limit=limit(query, backend.settings.limits.page),
-        cursor=query.get("cursor"),
-        status=query.get("status"),
-        priority=query.get("priority"),
+    found = await backend.engine.ask(
+        partial(
+            backend.engine.transcripts.escalations,
+            limit=limit(query, backend.settings.limits.page),
+            cursor=query.get("cursor"),
+            status=query.get("status"),
+            priority=query.get("priority"),
+        )
     )
     return page_reply(found)
 

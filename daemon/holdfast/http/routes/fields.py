@@ -180,7 +180,7 @@ def integer(text: str, name: str) -> int:
         BadRequest: it is none; *name* says where.
     """
     if not text.isascii() or not text.isdigit() or len(text) > INTEGER_DIGITS_MAX:
-        raise BadRequest(f"expected a whole number as {name}, found {text!a:.80}")
+        raise BadRequest(f"expected a whole number of 0 or more as {name}, found {text!a:.80}")
     return int(text)
 
 
@@ -258,7 +258,9 @@ def moment_ms(query: dict[str, str], backend: Backend, name: str = "since") -> i
             return parse_ms(candidate, backend.zone)
         except (ValueError, OverflowError):
             continue
-    raise BadRequest(f"expected {name} as ISO 8601, such as 2026-11-21T06:00:00Z, found {text!a:.80}")
+    raise BadRequest(
+        f"expected {name} as a date with its time in ISO 8601, such as 2026-11-21T06:00:00Z, found {text!a:.80}"
+    )
 
 
 def _agreed(first: str | None, second: str, where: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import date
 from typing import Annotated, get_args
 
@@ -89,7 +88,7 @@ async def sales(backend: Backend, request: Request) -> Reply:
 async def storage(backend: Backend, request: Request) -> Reply:
     """How many conversations, messages, tokens and bytes there are; exact, and found without counting them."""
     request.query()
-    return json_reply(await asyncio.to_thread(backend.engine.transcripts.storage))
+    return json_reply(await backend.engine.ask(backend.engine.transcripts.storage))
 
 
 def _day(query: dict[str, str], name: str) -> str | None:
