@@ -174,6 +174,14 @@ def test_an_unknown_conversation_has_no_messages(archive: Archive) -> None:
     assert archive.external_numbers("nobody", [("web", "1")]) == {}
 
 
+def test_the_version_of_a_head_is_known(archive: Archive) -> None:
+    """Of one that is there, as of what was applied last."""
+    events = [appended(head_of("c"), message(1)), appended(head_of("c", 2), message(2))]
+    archive.apply([*enumerate(events, 1)], 2)
+
+    assert (archive.version("c"), archive.version("nobody")) == (2, None)
+
+
 def test_messages_are_filtered_as_asked(archive: Archive) -> None:
     """Numbers, role, author and time, alone and together, from either end, as a plain filter would."""
     kept = [

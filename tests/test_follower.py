@@ -72,6 +72,38 @@ def test_readers_and_writers_do_not_disturb_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("durability", ["everysec", "interval"])
+def test_a_conversation_is_whole_while_it_is_begun_anew(tmp_path: Path) -> None:
+    """Whoever reads it sees one of those that there were, never the head of one with the messages of another."""
+    with running(tmp_path) as engine:
+        is_over = threading.Event()
+        odd: list[Any] = []
+        seen: set[int] = set()
+
+        def read() -> None:
+            while not is_over.is_set():
+                whole = engine.transcripts.conversation("c")
+                if whole is not None:
+                    found = orjson.loads(whole.value)
+                    said = [message["content"] for message in found["messages"]]
+                    seen.add(len(said))
+                    if said != [found["title"]] * found["message_count"]:
+                        odd.append((found["title"], found["message_count"], said))
+
+        readers = [threading.Thread(target=read) for _ in range(3)]
+        for reader in readers:
+            reader.start()
+        for number in range(300):
+            for _ in range(number % 3 + 1):
+                do(engine, say(f"life {number}"))
+            do(engine, ConversationDelete(id="c"))
+        is_over.set()
+        for reader in readers:
+            reader.join(ANSWER_S)
+
+        assert odd == []
+        assert seen == {1, 2, 3}
+
+
 def test_nothing_is_archived_before_it_is_synced(tmp_path: Path, durability: Any) -> None:
     """What a power cut could take out of the journal must not be in the archive."""
     with running(tmp_path) as engine:
@@ -205,6 +237,7 @@ def test_a_stalled_archive_holds_up_no_op_and_no_flush(tmp_path: Path, monkeypat
     log = Log()
     with running(tmp_path, log=log, journal_keep=0) as engine:
         do(engine, say("one"))
+        do(engine, say("other", "d"))
         assert contents(engine) == ["one"]
         with monkeypatch.context() as patch:
             archive = engine._follower._archive
@@ -215,7 +248,11 @@ def test_a_stalled_archive_holds_up_no_op_and_no_flush(tmp_path: Path, monkeypat
             assert len(list(tmp_path.glob("journal/kept/*.jsonl"))) == 1
             until(lambda: any("no room" in reason for reason in engine.degraded))
             with pytest.raises(Unavailable, match="no room"):
-                engine._follower.archive(timeout=0.1)
+                contents(engine)
+            # What is there whole can be read, and lists as far as they are.
+            assert contents(engine, "d") == ["other"]
+            assert {item.id for item in engine.transcripts.page().items} == {"c", "d"}
+            assert engine.transcripts.figures().messages == 2
 
         assert contents(engine) == ["one", "two"]
         until(lambda: not engine.degraded)

@@ -6,7 +6,9 @@ All methods block, for about a millisecond when the archive is behind; event loo
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -42,6 +44,12 @@ READ_BYTES_MAX = 16 << 20
 READ_AT_ONCE = 128
 """Messages that are read before it is known how long they are."""
 
+LOOKS_MAX = 10
+"""At a conversation that others remove and begin anew all the time."""
+
+LOOK_AGAIN_S = 0.005
+"""The archive may have, for about so long, what memory does not show yet."""
+
 CHARS_A_TOKEN = 4
 """For messages whose tokens nobody counted: about what English text takes, and more than most others."""
 
@@ -74,14 +82,31 @@ class Transcripts:
             TooLarge: above WHOLE_BYTES_MAX; its messages can be read in pages.
             Unavailable: the archive is not there.
         """
-        head = self._get("conversations", id)
-        if head is None:
-            return None
+        seen = None
+        for _ in range(LOOKS_MAX):
+            head = self._get("conversations", id)
+            if head is None:
+                return None
+            said = orjson.loads(head.value)
+            messages = self._all_messages(id, said["last_number"])
+            now = self._get("conversations", id)
+            if now is None:
+                return None
+            is_same = now.version >= head.version and orjson.loads(now.value)["created_at"] == said["created_at"]
+            if is_same and len(messages) == said["message_count"] + said["system_count"]:
+                break
+            # Removed, begun anew or cut meanwhile; or lost with a damaged archive, which is so the next time as well.
+            if seen == (head, len(messages)):
+                break
+            seen = head, len(messages)
+            time.sleep(LOOK_AGAIN_S)
+        return Record(id, head.version, head.value[:-1] + b',"messages":[' + b",".join(messages) + b"]}")
+
+    def _all_messages(self, id: str, last_number: int) -> list[bytes]:
+        """Those up to *last_number*, so that what is appended meanwhile does not come to an older head."""
         messages: list[bytes] = []
         size = 0
-        # What is appended meanwhile is left out, so that all of it is as of the head's version.
-        end = orjson.loads(head.value)["last_number"] + 1
-        wanted = MessageQuery(limit=PAGE_MAX, newest=False, before=end)
+        wanted = MessageQuery(limit=PAGE_MAX, newest=False, before=last_number + 1)
         while True:
             found, is_cut = self._messages(id, wanted)
             for message in found:
@@ -90,11 +115,8 @@ class Transcripts:
             if size > WHOLE_BYTES_MAX:
                 raise TooLarge(f"conversation {id!r} has more than {WHOLE_BYTES_MAX} bytes; read its messages in pages")
             if len(found) < PAGE_MAX and not is_cut:
-                break
+                return messages
             wanted = msgspec.structs.replace(wanted, after=found[-1].number)
-        if self._get("conversations", id) is None:
-            return None
-        return Record(id, head.version, head.value[:-1] + b',"messages":[' + b",".join(messages) + b"]}")
 
     def page(
         self,
@@ -143,7 +165,7 @@ class Transcripts:
             after=after,
             limit=limit + 1,
         )
-        found = self._read(lambda archive: archive.conversations(wanted))
+        found = self._read(lambda archive: archive.conversations(wanted), _as_it_is)
         items = [Record(head.id, head.version, head.value) for head in found[:limit]]
         if len(found) <= limit:
             return Page(items, None)
@@ -269,7 +291,7 @@ class Transcripts:
         filters = [status, priority]
         after = _decoded(cursor, "escalations", filters, tuple[str, int, str])
         wanted = EscalationQuery(status=status, priority=priority, after=after, limit=limit + 1)
-        found = self._read(lambda archive: archive.escalations(wanted))
+        found = self._read(lambda archive: archive.escalations(wanted), _as_it_is)
         items = [Record(*one) for one in found[:limit]]
         if len(found) <= limit:
             return Page(items, None)
@@ -281,7 +303,7 @@ class Transcripts:
     def figures(self) -> Figures:
         """How much there is, exactly, without counting it."""
         now_ms = self._now_ms()
-        return self._read(lambda archive: archive.figures(now_ms))
+        return self._read(lambda archive: archive.figures(now_ms), _as_it_is)
 
     def storage(self) -> dict[str, Any]:
         """The figures for people and monitors (CONTRACT section 7), with two that follow from them."""
@@ -341,13 +363,25 @@ class Transcripts:
                 wanted = msgspec.structs.replace(wanted, after=found[-1].number)
 
     def _some(self, id: str, wanted: MessageQuery) -> list[StoredMessage]:
-        return self._read(lambda archive: archive.messages(id, wanted))
+        return self._read(lambda archive: archive.messages(id, wanted), lambda archive: self._has_whole(archive, id))
 
-    def _read(self, question: Callable[[Archive], T]) -> T:
+    def _has_whole(self, archive: Archive, id: str) -> bool:
+        """Whether *archive*, behind though it is, has all of the conversation *id*."""
+        head = self._get("conversations", id)
+        return head is not None and archive.version(id) == head.version
+
+    def _read(
+        self, question: Callable[[Archive], T], is_enough: Callable[[Archive], bool] = lambda archive: False
+    ) -> T:
+        """What the archive answers to *question*, once it is up to date or, while it cannot be written, when it *is_enough*."""
         self._check_readable()
         follower = self._follower
         if follower is None:
             raise Unavailable("the archive is not open yet; try again soon")
+        if follower.failure is not None and (behind := follower.present) is not None:
+            with suppress(ArchiveError, ArchiveDamaged):
+                if is_enough(behind):
+                    return question(behind)
         try:
             try:
                 return question(follower.archive())
@@ -359,6 +393,11 @@ class Transcripts:
             raise Unavailable(f"the archive is damaged and being made anew: {error}; try again soon") from error
         except ArchiveError as error:
             raise Unavailable(f"the archive cannot be read: {error}; try again soon") from error
+
+
+def _as_it_is(archive: Archive) -> bool:
+    """Of a list, the last moments before the archive stalled may be missing; that is better than none."""
+    return True
 
 
 WINDOW_MESSAGES = 20
