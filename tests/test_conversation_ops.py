@@ -427,6 +427,19 @@ def test_a_person_is_held_in_all_conversations(whose: dict[str, str]) -> None:
     world.do(ConversationDelete(id=op.id))
 
 
+def test_a_held_conversation_stays_with_its_person() -> None:
+    """Another owner would end the hold; everything else may change, and an owner may be added."""
+    world = World()
+    world.do(PersonHold(id="573001"))
+    world.do(say(user_id="573001"))
+
+    world.refused(ConversationPut(id="c", value={"user_id": "573002"}), Conflict)
+    world.refused(ConversationPut(id="c", value={"user_id": None}), Conflict)
+    world.do(ConversationPut(id="c", value={"user_id": "573001", "session_id": "s", "title": "T"}))
+
+    assert (head(world)["user_id"], head(world)["session_id"]) == ("573001", "s")
+
+
 def test_expired_messages_are_no_longer_counted() -> None:
     """The numbers that they had are not given again."""
     world = World()

@@ -71,7 +71,6 @@ def test_readers_and_writers_do_not_disturb_each_other(tmp_path: Path) -> None:
         assert not failures
 
 
-@pytest.mark.parametrize("durability", ["everysec", "interval"])
 def test_a_conversation_is_whole_while_it_is_begun_anew(tmp_path: Path) -> None:
     """Whoever reads it sees one of those that there were, never the head of one with the messages of another."""
     with running(tmp_path) as engine:
@@ -104,6 +103,7 @@ def test_a_conversation_is_whole_while_it_is_begun_anew(tmp_path: Path) -> None:
         assert seen == {1, 2, 3}
 
 
+@pytest.mark.parametrize("durability", ["everysec", "interval"])
 def test_nothing_is_archived_before_it_is_synced(tmp_path: Path, durability: Any) -> None:
     """What a power cut could take out of the journal must not be in the archive."""
     with running(tmp_path) as engine:

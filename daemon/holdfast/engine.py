@@ -201,7 +201,7 @@ class Engine:
         self._askers: ThreadPoolExecutor | None = None
         self.lease_queue = LeaseQueue()
         state.on_released = self.lease_queue.released
-        self.transcripts = Transcripts(self.get, clock.now_ms, self._check_readable)
+        self.transcripts = Transcripts(self.get, self._born_of, clock.now_ms, self._check_readable)
         self._follower: Follower | None = None
         self._mirror: mirror.Mirror | None = None
         _open_engines.add(self)
@@ -367,6 +367,12 @@ class Engine:
         except RuntimeError:
             raise self._refusal or Unavailable("closed; open it again") from None
         return await asyncio.wrap_future(future)
+
+    def _born_of(self, id: str, is_durable: bool) -> int:
+        """The event with which the conversation *id* began, as decided or as far as that is durable; 0 when there is none."""
+        conversations = self._state.conversations
+        line = conversations.committed(id) if is_durable else conversations.get(id)
+        return 0 if line is None else record.header_of(line).born
 
     def _known_messages(self, op: MessageAppend) -> Externals:
         """Of the external ids in *op* those that the archive knows."""

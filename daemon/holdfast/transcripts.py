@@ -45,10 +45,10 @@ READ_AT_ONCE = 128
 """Messages that are read before it is known how long they are."""
 
 LOOKS_MAX = 10
-"""At a conversation that others remove and begin anew all the time."""
+"""At a conversation that others remove and begin anew all the time, or while the disk is slow."""
 
 LOOK_AGAIN_S = 0.005
-"""The archive may have, for about so long, what memory does not show yet."""
+"""About what a sync takes."""
 
 CHARS_A_TOKEN = 4
 """For messages whose tokens nobody counted: about what English text takes, and more than most others."""
@@ -63,10 +63,16 @@ class Transcripts:
     """The conversations of one engine, for reading; as long as the engine is open. Thread-safe."""
 
     def __init__(
-        self, get: Callable[[str, str], Record | None], now_ms: Callable[[], int], check_readable: Callable[[], None]
+        self,
+        get: Callable[[str, str], Record | None],
+        born_of: Callable[[str, bool], int],
+        now_ms: Callable[[], int],
+        check_readable: Callable[[], None],
     ) -> None:
-        """*get* reads a record of memory in its last durable state; *check_readable* raises when nothing can be read."""
+        """*get* reads a record of memory in its last durable state; *born_of* says with which event a conversation began,
+        in that state or as it is decided; *check_readable* raises when nothing can be read."""
         self._get = get
+        self._born_of = born_of
         self._now_ms = now_ms
         self._check_readable = check_readable
         self._follower: Follower | None = None
@@ -84,22 +90,22 @@ class Transcripts:
         """
         seen = None
         for _ in range(LOOKS_MAX):
+            born = self._born_of(id, True)
             head = self._get("conversations", id)
             if head is None:
                 return None
             said = orjson.loads(head.value)
             messages = self._all_messages(id, said["last_number"])
-            now = self._get("conversations", id)
-            if now is None:
-                return None
-            is_same = now.version >= head.version and orjson.loads(now.value)["created_at"] == said["created_at"]
+            # The archive may have what is decided and not yet shown: the end of this one, and the beginning of another.
+            is_same = self._born_of(id, False) == born
             if is_same and len(messages) == said["message_count"] + said["system_count"]:
                 break
-            # Removed, begun anew or cut meanwhile; or lost with a damaged archive, which is so the next time as well.
-            if seen == (head, len(messages)):
+            # Cut meanwhile; or lost with a damaged archive, which is so the next time as well.
+            if is_same and seen == (head, len(messages)):
                 break
             seen = head, len(messages)
             time.sleep(LOOK_AGAIN_S)
+        assert head is not None
         return Record(id, head.version, head.value[:-1] + b',"messages":[' + b",".join(messages) + b"]}")
 
     def _all_messages(self, id: str, last_number: int) -> list[bytes]:

@@ -171,6 +171,9 @@ def conversation_put(state: State, op: ConversationPut, rules: Rules, seq: int, 
     for field in ("user_id", "session_id"):
         if given.get(field) is not None:
             _check_other_id(given[field], field, rules)
+        # Or a person's hold would end with a new name.
+        if field in given and given[field] != head[field] and head[field] is not None and is_held(state, head):
+            raise Conflict(f"conversation {op.id!r} is under a legal hold: its {field} stays {head[field]!r:.80}")
     if "escalated" in given and not isinstance(given["escalated"], bool):
         raise InvalidRecord(f"escalated must be true or false, found {given['escalated']!r:.80}")
     times = {
