@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -336,6 +337,7 @@ def test_the_list_of_conversations(either: Path) -> None:
     """Summaries, without messages and without counting system ones, the last updated first."""
     for number in range(3):
         storage.save_conversation(f"c{number}", [LINES[0], *talk(number)])
+        time.sleep(0.002)  # times are to the millisecond
     storage.save_conversation("c0", [LINES[0], *talk(4)], escalated=True)
 
     listed = storage.list_conversations()

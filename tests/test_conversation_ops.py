@@ -494,6 +494,18 @@ def test_a_second_call_updates_the_open_escalation() -> None:
     assert (found["contact_info"], found["updated_at"]) == ({"mobile": "0123"}, format_ms(NOW_MS + 60_000))
 
 
+def test_an_update_says_only_what_it_says() -> None:
+    """Without a priority a new escalation is of low priority, and an open one keeps what it has."""
+    world = World()
+    world.do(say())
+
+    world.do(EscalationOpen(id="c", reason="first"))
+    assert world.value("escalations", "c")["priority"] == "low"
+    world.do(EscalationOpen(id="c", reason="second", priority="high"))
+    world.do(EscalationOpen(id="c", reason="third"))
+    assert world.value("escalations", "c")["priority"] == "high"
+
+
 @pytest.mark.parametrize(
     ("fields", "error"),
     [

@@ -358,7 +358,11 @@ def test_the_past_beyond_the_journal_is_gone(tmp_path: Path) -> None:
         ({"after": -1}, BadRequest, "found -1"),
         ({"after": True}, BadRequest, "found True"),
         ({"after": "1"}, BadRequest, "found '1'"),
-        ({"ops": ["session.put", "session.jump"]}, BadRequest, "unknown op 'session.jump'; known are conversation.archive"),
+        (
+            {"ops": ["session.put", "session.jump"]},
+            BadRequest,
+            "unknown op 'session.jump'; known are conversation.archive",
+        ),
         ({"ops": ["batch"]}, BadRequest, "unknown op 'batch'"),
         ({"ops": ["ses*"]}, BadRequest, "unknown op 'ses"),
         ({"ops": ["*"]}, BadRequest, "unknown op"),

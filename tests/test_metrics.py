@@ -427,7 +427,16 @@ def test_collections_beyond_the_hundredth_are_counted_together(tmp_path: Path) -
         later = scrape()
 
     labels = after.labels("records", "collection")
-    assert labels == {"sessions", "orders", "completed_orders", "users", "conversations", "escalations", *names[:100], "(other)"}
+    assert labels == {
+        "sessions",
+        "orders",
+        "completed_orders",
+        "users",
+        "conversations",
+        "escalations",
+        *names[:100],
+        "(other)",
+    }
     assert after.value("records", collection="other") == 2
     assert after.value("records", collection="(other)") == 60
     assert later.value("records", collection="(other)") == 61

@@ -476,7 +476,7 @@ class EscalationOps(Generic[A]):
         id: Id,
         reason: str,
         contact_info: Value | None = None,
-        priority: Priority = "low",
+        priority: Priority | None = None,
         *,
         opened_at: str | datetime | None = None,
         if_version: int | None = None,

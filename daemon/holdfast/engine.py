@@ -368,11 +368,11 @@ class Engine:
             raise self._refusal or Unavailable("closed; open it again") from None
         return await asyncio.wrap_future(future)
 
-    def _born_of(self, id: str, is_durable: bool) -> int:
-        """The event with which the conversation *id* began, as decided or as far as that is durable; 0 when there is none."""
-        conversations = self._state.conversations
-        line = conversations.committed(id) if is_durable else conversations.get(id)
-        return 0 if line is None else record.header_of(line).born
+    def _born_of(self, id: str) -> tuple[int | None, int]:
+        """The event with which the conversation *id* began, None when there is none, and one to which that is known at least."""
+        seq = self._committer.committed_seq
+        line = self._state.conversations.committed(id)
+        return None if line is None else record.header_of(line).born, seq
 
     def _known_messages(self, op: MessageAppend) -> Externals:
         """Of the external ids in *op* those that the archive knows."""

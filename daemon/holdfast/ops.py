@@ -273,13 +273,13 @@ class EscalationOpen(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=
     Attributes:
         reason: why, for whoever takes it.
         contact_info: how the customer is reached.
-        priority: low, high.
+        priority: low, high; None means low, or what the open escalation has.
         opened_at: ISO 8601; None means now.
     """
 
     reason: str
     contact_info: dict[str, Any] | None = None
-    priority: Priority = "low"
+    priority: Priority | None = None
     opened_at: str | None = None
 
 

@@ -397,7 +397,11 @@ class RetentionSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 90 * DAY
     delete_after: Annotated[
         float,
-        Span("Messages older than this are deleted for good, but for those under a legal hold.", low=DAY, high=10 * DECADE),
+        Span(
+            "Messages older than this are deleted for good, but for those under a legal hold.",
+            low=DAY,
+            high=10 * DECADE,
+        ),
     ] = 365 * DAY
 
 
@@ -525,7 +529,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 25.0
     mirror: Annotated[
         bool,
-        Flag("Also write each conversation as a readable JSON file, at each flush; costs a file and a sync for each.", True),
+        Flag(
+            "Also write each conversation as a readable JSON file, at each flush; costs a file and a sync for each.",
+            True,
+        ),
     ] = False
     recovery: Annotated[
         Literal["available", "strict"],

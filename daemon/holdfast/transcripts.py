@@ -44,11 +44,11 @@ READ_BYTES_MAX = 16 << 20
 READ_AT_ONCE = 128
 """Messages that are read before it is known how long they are."""
 
-LOOKS_MAX = 10
-"""At a conversation that others remove and begin anew all the time, or while the disk is slow."""
+LOOKS_MAX = 100
+"""At a conversation that others remove and begin anew all the time."""
 
-LOOK_AGAIN_S = 0.005
-"""About what a sync takes."""
+LOOK_AGAIN_S = 0.001
+"""Between two looks."""
 
 CHARS_A_TOKEN = 4
 """For messages whose tokens nobody counted: about what English text takes, and more than most others."""
@@ -65,12 +65,12 @@ class Transcripts:
     def __init__(
         self,
         get: Callable[[str, str], Record | None],
-        born_of: Callable[[str, bool], int],
+        born_of: Callable[[str], tuple[int | None, int]],
         now_ms: Callable[[], int],
         check_readable: Callable[[], None],
     ) -> None:
         """*get* reads a record of memory in its last durable state; *born_of* says with which event a conversation began,
-        in that state or as it is decided; *check_readable* raises when nothing can be read."""
+        and to which seq that is known at least; *check_readable* raises when nothing can be read."""
         self._get = get
         self._born_of = born_of
         self._now_ms = now_ms
@@ -90,14 +90,13 @@ class Transcripts:
         """
         seen = None
         for _ in range(LOOKS_MAX):
-            born = self._born_of(id, True)
+            born, _ = self._born_of(id)
             head = self._get("conversations", id)
-            if head is None:
+            if head is None or born is None:
                 return None
             said = orjson.loads(head.value)
             messages = self._all_messages(id, said["last_number"])
-            # The archive may have what is decided and not yet shown: the end of this one, and the beginning of another.
-            is_same = self._born_of(id, False) == born
+            is_same = self._born_then(id) == born
             if is_same and len(messages) == said["message_count"] + said["system_count"]:
                 break
             # Cut meanwhile; or lost with a damaged archive, which is so the next time as well.
@@ -107,6 +106,18 @@ class Transcripts:
             time.sleep(LOOK_AGAIN_S)
         assert head is not None
         return Record(id, head.version, head.value[:-1] + b',"messages":[' + b",".join(messages) + b"]}")
+
+    def _born_then(self, id: str) -> int | None:
+        """With which event the conversation *id* began, when memory shows all that the archive may have given just now."""
+        archive = self._follower.present if self._follower is not None else None
+        archived_seq = 0 if archive is None else archive.archived_seq
+        for _ in range(LOOKS_MAX):
+            born, seq = self._born_of(id)
+            if seq >= archived_seq:
+                break
+            # It follows what is synced, which memory shows a moment later.
+            time.sleep(LOOK_AGAIN_S)
+        return born
 
     def _all_messages(self, id: str, last_number: int) -> list[bytes]:
         """Those up to *last_number*, so that what is appended meanwhile does not come to an older head."""

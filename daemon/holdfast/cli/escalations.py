@@ -136,17 +136,19 @@ def show(daemon: Daemon, id: str, as_json: bool) -> None:
 )
 @id_argument(CONVERSATIONS)
 @click.option("--reason", type=TEXT, required=True, metavar="TEXT", help="Why, for whoever takes it.")
-@click.option("--priority", type=click.Choice(PRIORITIES), default="low", show_default=True, help="How urgent it is.")
+@click.option("--priority", type=click.Choice(PRIORITIES), help="How urgent it is; low when it is new.")
 @click.option("--contact", metavar="VALUE", help="How the customer is reached: a JSON object, @FILE, or -.")
 @write_options(ESCALATIONS)
 @json_option
 @daemon_options
-def open_(daemon: Daemon, id: str, reason: str, priority: str, contact: str | None, as_json: bool, **how: Any) -> None:
+def open_(
+    daemon: Daemon, id: str, reason: str, priority: str | None, contact: str | None, as_json: bool, **how: Any
+) -> None:
     """Have the customer of the conversation ID wait for a human.
 
     When one waits already, that escalation is updated.
     """
-    op = {"id": id, "reason": reason, "priority": priority}
+    op = {"id": id, "reason": reason} | ({} if priority is None else {"priority": priority})
     if contact is not None:
         op["contact_info"] = orjson.loads(json_value(contact))
     answer = do_one(daemon, ESCALATIONS.op("open", op), how)

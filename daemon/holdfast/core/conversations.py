@@ -255,7 +255,7 @@ def escalation_open(state: State, op: EscalationOpen, rules: Rules, seq: int, no
     if not isinstance(op.reason, str) or not op.reason.strip():
         raise InvalidRecord(f"expected the reason of the escalation as text, found {op.reason!r:.80}")
     check_text(op.reason, "reason", TEXT_CHARS_MAX)
-    if op.priority not in PRIORITIES:
+    if op.priority is not None and op.priority not in PRIORITIES:
         raise InvalidRecord(f"priority must be one of {', '.join(PRIORITIES)}, found {op.priority!r:.80}")
     # The escalation's version is the one that a condition means, but it is the conversation that must be there.
     line = existing(state.conversations, msgspec.structs.replace(op, if_version=None), "conversation")
@@ -270,7 +270,7 @@ def escalation_open(state: State, op: EscalationOpen, rules: Rules, seq: int, no
             "conversation_id": op.id,
             "reason": op.reason,
             "contact_info": op.contact_info,
-            "priority": op.priority,
+            "priority": op.priority or "low",
             "status": "pending",
             "assignee": None,
             "opened_at": format_ms(min(opened_ms, now_ms)),
@@ -279,7 +279,9 @@ def escalation_open(state: State, op: EscalationOpen, rules: Rules, seq: int, no
             "resolved_at": None,
         }
     else:
-        escalation |= {"reason": op.reason, "priority": op.priority, "updated_at": now}
+        escalation |= {"reason": op.reason, "updated_at": now}
+        if op.priority is not None:
+            escalation["priority"] = op.priority
         if op.contact_info is not None:
             escalation["contact_info"] = op.contact_info
     head = orjson.loads(record.value_of(line))

@@ -345,7 +345,13 @@ def _batch_applied(state: State, event: Event, seq: int, at_ms: int, undoable: b
 
 def _remember_answer(state: State, event: Event, seq: int, at_ms: int, undoable: bool) -> None:
     answer = answer_of(event, seq)
-    kept: dict[str, Any] = {"id": event.key, "op": event.op, "collection": event.collection, "target": event.id, "at": at_ms}
+    kept: dict[str, Any] = {
+        "id": event.key,
+        "op": event.op,
+        "collection": event.collection,
+        "target": event.id,
+        "at": at_ms,
+    }
     kept |= {"status": answer.status, "seq": seq, "version": answer.version}
     kept |= {"generation": answer.generation, "expires_at": answer.expires_at, "numbers": answer.numbers}
     assert event.key is not None

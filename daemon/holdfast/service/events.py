@@ -68,7 +68,9 @@ EVENTS: dict[str, Event] = {
     "flush.completed": Event(
         "the snapshots hold everything up to snapshot_seq", ("reason", "duration_ms", "bytes", "files", "snapshot_seq")
     ),
-    "archive.damaged": Event("archive.db cannot be used and is made anew; the old one goes to quarantine/", ("reason",)),
+    "archive.damaged": Event(
+        "archive.db cannot be used and is made anew; the old one goes to quarantine/", ("reason",)
+    ),
     "archive.rebuilt": Event(
         "it was made anew from memory, from what could be read of the old one, and from the journal",
         ("conversations", "messages", "salvaged", "lost_messages"),

@@ -57,7 +57,7 @@ class OpenBody(msgspec.Struct, forbid_unknown_fields=True):
     conversation_id: str
     reason: str
     contact_info: dict[str, Any] | None = None
-    priority: Priority = "low"
+    priority: Priority | None = None
 
 
 @route(
