@@ -227,6 +227,34 @@ def test_a_full_disk_takes_back_more_than_memory_keeps(tmp_path: Path, monkeypat
     assert not log.named("archive.damaged")
 
 
+def test_closing_in_the_midst_of_catching_up_skips_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not read of the journal yet is read by the next start, although newer events were at hand."""
+    with running(tmp_path) as engine:
+        do(engine, say("0"))
+        assert contents(engine) == ["0"]
+        follower = engine._follower
+        with monkeypatch.context() as patch:
+            patch.setattr("holdfast.core.backlog.EVENTS_MAX", 5)
+            patch.setattr("holdfast.archive.follower.JOURNAL_READ_BYTES", 2_000)
+            archive = type(follower._archive)
+            apply = archive.apply
+
+            def close_then_apply(self: Any, events: Any, up_to: int) -> None:
+                follower._is_closing = True
+                apply(self, events, up_to)
+
+            patch.setattr(archive, "apply", close_then_apply)
+            # So that all of it waits.
+            patch.setattr("holdfast.archive.follower.LAZY_S", 0.5)
+            tickets = [engine.submit(say(str(number))) for number in range(1, 200)]
+            tickets[-1].wait(ANSWER_S)
+            until(lambda: follower._is_closing)
+            engine.close(flush=False)
+
+    with running(tmp_path) as engine:
+        assert contents(engine) == [str(number) for number in range(200)]
+
+
 # The archive cannot be written.
 
 

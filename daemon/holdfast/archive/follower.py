@@ -321,10 +321,13 @@ class Follower:
         with source.lock:
             since = source.backlog.since
             events = source.backlog.take(synced_seq)
-        if archive.archived_seq < min(since, synced_seq):
+        behind_seq = min(since, synced_seq)
+        if archive.archived_seq < behind_seq:
             # What waited was too much to be kept, or could not be stored when it was taken; it stands in the journal. What
             # is not synced may be missing there still, or be cut off and written anew.
-            self._read_journal(archive, min(since, synced_seq))
+            self._read_journal(archive, behind_seq)
+            if archive.archived_seq < behind_seq:
+                return  # closing; the next start goes on from here, and what was taken stands in the journal as well
         if events or self._wanted_durable_seq > archive.archived_seq:
             archive.apply(events, synced_seq)
         if self._rebuilt is not None:
