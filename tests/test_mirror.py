@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from holdfast.care import mirror
 from holdfast.care.mirror import NAME_BYTES_MAX, file_name
 from holdfast.disk.files import Directory
 from holdfast.engine import Engine
@@ -323,3 +324,25 @@ def test_the_last_flush_writes_it_as_well(tmp_path: Path) -> None:
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+def test_what_changes_while_it_is_written_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the flush that noted it, although the one before was still at the same conversation."""
+    with running(tmp_path, mirror=True) as engine:
+        append(engine, "c", "one")
+        write = mirror._Writing.write
+
+        def write_and_be_overtaken(self: Any, ids: list[str]) -> Any:
+            written = write(self, ids)
+            monkeypatch.setattr(mirror._Writing, "write", write)
+            append(engine, "c", "two")
+            # As the next flush does, which does not wait for a mirror that is slow.
+            engine._flusher.before_publishing(engine.status()["seq"])
+            return written
+
+        monkeypatch.setattr(mirror._Writing, "write", write_and_be_overtaken)
+        engine.flush("api")
+        assert json.loads((tmp_path / "_mirror.json").read_text())["pending"] == ["c"]
+        engine.flush("api")
+
+    assert contents(tmp_path) == {"c": ["one", "two"]}

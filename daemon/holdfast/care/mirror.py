@@ -104,6 +104,8 @@ class Mirror:
         self._state_guard = threading.Lock()
         self._seq = 0
         self._pending: set[str] = set()
+        # Of these, those that are being written.
+        self._under_way: set[str] = set()
         self._is_all = True
         self._is_tidy = False
         # Flushes, counted: two may have the same seq, and the second one tries again what failed after the first.
@@ -207,17 +209,25 @@ class Mirror:
                 if self._is_closing:
                     return reason
                 group = waiting[start : start + AT_ONCE]
-                failed, why = run.write(group)
-                reason = why or reason
+                # Before they are written: who is touched from now on, and noted by the next flush, is written once more.
                 with self._changed:
-                    self._pending.difference_update(set(group) - failed)
+                    self._under_way = set(group)
+                    self._pending -= self._under_way
+                failed = self._under_way
+                try:
+                    failed, why = run.write(group)
+                finally:
+                    with self._changed:
+                        self._pending |= failed
+                        self._under_way = set()
+                reason = why or reason
         return reason
 
     def _write_state(self) -> None:
         with self._state_guard:
             with self._changed:
-                is_short = not self._is_all and len(self._pending) <= PENDING_MAX
-                state = _State(self._seq, sorted(self._pending) if is_short else None)
+                pending = self._pending | self._under_way
+                state = _State(self._seq, sorted(pending) if not self._is_all and len(pending) <= PENDING_MAX else None)
             with Directory(self._data_dir) as data:
                 data.write_atomic(STATE_FILE, [msgspec.json.encode(state) + b"\n"])
 
