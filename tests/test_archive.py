@@ -21,6 +21,7 @@ from holdfast.archive.base import (
     Head,
     MessageQuery,
 )
+from holdfast.archive.lists import conversations_among, escalations_among
 from holdfast.archive.sqlite import open_sqlite
 from holdfast.clock import format_ms, parse_ms
 from holdfast.core.event import Event, StoredMessage
@@ -394,6 +395,7 @@ def test_lists_are_newest_first_and_filtered_as_asked(archive: Archive) -> None:
         updated_ms = T0_MS + rnd.randrange(40)
         kept.append((updated_ms, head_of(f"ñ{n}", updated_at=format_ms(updated_ms), **fields), fields))
     apply(archive, *(changed("conversation.put", head) for _, head, _ in kept))
+    from_memory = [head for _, head, _ in kept]
     kept.sort(key=lambda one: (one[0], one[1].id), reverse=True)
 
     for _ in range(300):
@@ -414,9 +416,10 @@ def test_lists_are_newest_first_and_filtered_as_asked(archive: Archive) -> None:
         found: list[Head] = []
         after = None
         while page := archive.conversations(
-            ConversationQuery(**given, since_ms=since_ms, until_ms=until_ms, after=after, limit=17)
+            wanted := ConversationQuery(**given, since_ms=since_ms, until_ms=until_ms, after=after, limit=17)
         ):
             found += page
+            assert conversations_among(from_memory, wanted) == page
             after = parse_ms(orjson.loads(page[-1].value)["updated_at"]), page[-1].id
 
         assert found == expected, given
@@ -464,8 +467,11 @@ def test_escalations_are_listed_high_first_then_oldest(archive: Archive) -> None
             ]
             found: list[Escalation] = []
             after = None
-            while page := archive.escalations(EscalationQuery(status=status, priority=priority, after=after, limit=7)):
+            while page := archive.escalations(
+                wanted := EscalationQuery(status=status, priority=priority, after=after, limit=7)
+            ):
                 found += page
+                assert escalations_among((one for one, _ in kept.values()), wanted) == page
                 last = orjson.loads(page[-1].value)
                 after = last["priority"], parse_ms(last["opened_at"]), last["id"]
 

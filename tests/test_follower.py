@@ -277,9 +277,13 @@ def test_a_stalled_archive_holds_up_no_op_and_no_flush(tmp_path: Path, monkeypat
             until(lambda: any("no room" in reason for reason in engine.degraded))
             with pytest.raises(Unavailable, match="no room"):
                 contents(engine)
-            # What is there whole can be read, and lists as far as they are.
+            # What is there whole can be read; lists come from memory, and figures are as far as they are.
             assert contents(engine, "d") == ["other"]
-            assert {item.id for item in engine.transcripts.page().items} == {"c", "d"}
+            do(engine, say("new", "e"))
+            do(engine, EscalationOpen(id="e", reason="help"))
+            assert {item.id: item.version for item in engine.transcripts.page().items} == {"c": 2, "d": 1, "e": 2}
+            assert [item.id for item in engine.transcripts.page(escalated=True).items] == ["e"]
+            assert [item.id for item in engine.transcripts.escalations(status="pending").items] == ["e"]
             assert engine.transcripts.figures().messages == 2
 
         assert contents(engine) == ["one", "two"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -19,11 +19,14 @@ from holdfast.archive.base import (
     ArchiveDamaged,
     ArchiveError,
     ConversationQuery,
+    Escalation,
     EscalationQuery,
     Figures,
+    Head,
     MessageQuery,
 )
 from holdfast.archive.follower import Follower
+from holdfast.archive.lists import conversations_among, escalations_among
 from holdfast.clock import format_ms, parse_ms
 from holdfast.core.conversations import AUTHORS, PRIORITIES, ROLES
 from holdfast.core.event import StoredMessage
@@ -68,10 +71,12 @@ class Transcripts:
         born_of: Callable[[str], tuple[int | None, int]],
         now_ms: Callable[[], int],
         check_readable: Callable[[], None],
+        everything: Callable[[str], Iterator[Record]],
     ) -> None:
-        """*get* reads a record of memory in its last durable state; *born_of* says with which event a conversation began,
+        """*get* reads a record of memory in its last durable state, *everything* all of a collection; *born_of* says with which event a conversation began,
         and to which seq that is known at least; *check_readable* raises when nothing can be read."""
         self._get = get
+        self._everything = everything
         self._born_of = born_of
         self._now_ms = now_ms
         self._check_readable = check_readable
@@ -182,7 +187,10 @@ class Transcripts:
             after=after,
             limit=limit + 1,
         )
-        found = self._read(lambda archive: archive.conversations(wanted), _as_it_is)
+        found = self._read(
+            lambda archive: archive.conversations(wanted),
+            instead=lambda: conversations_among((Head(*one) for one in self._all("conversations")), wanted),
+        )
         items = [Record(head.id, head.version, head.value) for head in found[:limit]]
         if len(found) <= limit:
             return Page(items, None)
@@ -308,7 +316,10 @@ class Transcripts:
         filters = [status, priority]
         after = _decoded(cursor, "escalations", filters, tuple[str, int, str])
         wanted = EscalationQuery(status=status, priority=priority, after=after, limit=limit + 1)
-        found = self._read(lambda archive: archive.escalations(wanted), _as_it_is)
+        found = self._read(
+            lambda archive: archive.escalations(wanted),
+            instead=lambda: escalations_among((Escalation(*one) for one in self._all("escalations")), wanted),
+        )
         items = [Record(*one) for one in found[:limit]]
         if len(found) <= limit:
             return Page(items, None)
@@ -320,7 +331,8 @@ class Transcripts:
     def figures(self) -> Figures:
         """How much there is, exactly, without counting it."""
         now_ms = self._now_ms()
-        return self._read(lambda archive: archive.figures(now_ms), _as_it_is)
+        # While it cannot be written the last moments before that are missing, which is better than nothing at all.
+        return self._read(lambda archive: archive.figures(now_ms), lambda archive: True)
 
     def storage(self) -> dict[str, Any]:
         """The figures for people and monitors (CONTRACT section 7), with two that follow from them."""
@@ -387,18 +399,30 @@ class Transcripts:
         head = self._get("conversations", id)
         return head is not None and archive.version(id) == head.version
 
+    def _all(self, collection: str) -> Iterator[tuple[str, int, bytes]]:
+        return ((one.id, one.version, one.value) for one in self._everything(collection))
+
     def _read(
-        self, question: Callable[[Archive], T], is_enough: Callable[[Archive], bool] = lambda archive: False
+        self,
+        question: Callable[[Archive], T],
+        is_enough: Callable[[Archive], bool] = lambda archive: False,
+        instead: Callable[[], T] | None = None,
     ) -> T:
-        """What the archive answers to *question*, once it is up to date or, while it cannot be written, when it *is_enough*."""
+        """What the archive answers to *question*, once it is up to date.
+
+        While it cannot be written it answers when it *is_enough*; else *instead* does, if there is such a thing.
+        """
         self._check_readable()
         follower = self._follower
         if follower is None:
             raise Unavailable("the archive is not open yet; try again soon")
-        if follower.failure is not None and (behind := follower.present) is not None:
+        behind = follower.present
+        if follower.failure is not None or behind is None:
             with suppress(ArchiveError, ArchiveDamaged):
-                if is_enough(behind):
+                if behind is not None and is_enough(behind):
                     return question(behind)
+            if instead is not None:
+                return instead()
         try:
             try:
                 return question(follower.archive())
@@ -410,11 +434,6 @@ class Transcripts:
             raise Unavailable(f"the archive is damaged and being made anew: {error}; try again soon") from error
         except ArchiveError as error:
             raise Unavailable(f"the archive cannot be read: {error}; try again soon") from error
-
-
-def _as_it_is(archive: Archive) -> bool:
-    """Of a list, the last moments before the archive stalled may be missing; that is better than none."""
-    return True
 
 
 WINDOW_MESSAGES = 20

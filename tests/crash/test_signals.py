@@ -100,6 +100,9 @@ def test_a_second_instance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         load = Load(served, ledgers)
         time.sleep(0.3)
         load.stop()
+        # The archive of the first goes on for a moment, and the next flush has it all.
+        served.process.send_signal(signal.SIGUSR1)
+        served._wait_for(b'"reason":"signal"', 10.0)
         before = contents(data_dir) | {"lock": (data_dir / "holdfast.lock").read_bytes()}
         for _ in range(tries):
             second = Served(data_dir)
