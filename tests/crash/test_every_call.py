@@ -95,7 +95,7 @@ def test_kill_at_every_call(places: list[Place], tmp_path: Path, capsys: pytest.
     """Killed before any changing call of its life, it comes back by itself with every acknowledged op exactly once."""
     chosen = [
         place
-        for thread, short in (("main", 10), ("journal", 4), ("archive", 8))
+        for thread, short in (("main", 6), ("journal", 2), ("archive", 5))
         for place in _spread(_of(thread, places), short)
     ]
     wrong = []
@@ -125,7 +125,8 @@ def test_two_kills(places: list[Place], tmp_path: Path, capsys: pytest.CaptureFi
         for _ in range(150 if FULL else 1)
     ]
     # The worst: each time in the middle of moving files into place.
-    pairs += [(one, other) for one in first[2:8:3] for other in renames[1:8:3]]
+    step = 3 if FULL else 6
+    pairs += [(one, other) for one in first[2:8:step] for other in renames[1:8:step]]
     wrong = []
     for one, other in pairs:
         data_dir = tmp_path / "data"
@@ -172,7 +173,7 @@ def test_a_flush_meets_a_bad_disk(places: list[Place], tmp_path: Path, capsys: p
     """EIO from any sync, rename or write of a flush, a start or a stop: the old snapshot stands, nothing is lost."""
     hindered = [place for place in places if place.thread == "main" and place.call in ("fsync", "renameat", "rename", "write")
                 and "acknowledged" not in place.path]  # fmt: skip
-    chosen = _spread(hindered, 6)
+    chosen = _spread(hindered, 4)
     wrong = []
     told = 0
     for place in chosen:
@@ -238,7 +239,7 @@ def test_a_failed_flush_then_a_kill(places: list[Place], tmp_path: Path, capsys:
     renames = _flush_renames(places)
     # Those of the first flush that come behind its manifest.next, up to the manifest itself.
     last = next(number for number, place in enumerate(renames) if place.path == "manifest.json")
-    chosen = _spread(renames[1 : last + 1], 3)
+    chosen = _spread(renames[1 : last + 1], 2)
     wrong = []
     for place in chosen:
         data_dir, trace = tmp_path / "data", tmp_path / "trace"

@@ -13,7 +13,7 @@ from holdfast.ops import Batch, SessionPut
 from tests.crash.harness import FULL, SEED, Load, reopened, report, serving
 from tests.crash.oracle import Ledger, differences
 
-KILLS = 200 if FULL else 8
+KILLS = 200 if FULL else 5
 SESSIONS = 10_000
 CLIENTS = 6
 READY_S = 2.0 if FULL else 6.0

@@ -28,7 +28,7 @@ SHORT_CONNECTIONS = 10_000
 RESTARTS = 9 if FULL else 5
 """One start and as many restarts as StartLimitBurst=10 of the unit allows."""
 
-JOURNALD_STOPPED_S = 30.0 if FULL else 3.0
+JOURNALD_STOPPED_S = 30.0 if FULL else 2.0
 
 BURST_S = 3.0
 """Enough for all lines of a burst to be logged."""
