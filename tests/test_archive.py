@@ -21,7 +21,6 @@ from holdfast.archive.base import (
     Head,
     MessageQuery,
 )
-from holdfast.archive.lists import conversations_among, escalations_among
 from holdfast.archive.sqlite import open_sqlite
 from holdfast.clock import format_ms, parse_ms
 from holdfast.core.event import Event, StoredMessage
@@ -173,14 +172,6 @@ def test_an_unknown_conversation_has_no_messages(archive: Archive) -> None:
     """Nor an error."""
     assert archive.messages("nobody", MessageQuery()) == []
     assert archive.external_numbers("nobody", [("web", "1")]) == {}
-
-
-def test_the_version_of_a_head_is_known(archive: Archive) -> None:
-    """Of one that is there, as of what was applied last."""
-    events = [appended(head_of("c"), message(1)), appended(head_of("c", 2), message(2))]
-    archive.apply([*enumerate(events, 1)], 2)
-
-    assert (archive.version("c"), archive.version("nobody")) == (2, None)
 
 
 def test_messages_are_filtered_as_asked(archive: Archive) -> None:
@@ -395,7 +386,6 @@ def test_lists_are_newest_first_and_filtered_as_asked(archive: Archive) -> None:
         updated_ms = T0_MS + rnd.randrange(40)
         kept.append((updated_ms, head_of(f"ñ{n}", updated_at=format_ms(updated_ms), **fields), fields))
     apply(archive, *(changed("conversation.put", head) for _, head, _ in kept))
-    from_memory = [head for _, head, _ in kept]
     kept.sort(key=lambda one: (one[0], one[1].id), reverse=True)
 
     for _ in range(300):
@@ -416,10 +406,9 @@ def test_lists_are_newest_first_and_filtered_as_asked(archive: Archive) -> None:
         found: list[Head] = []
         after = None
         while page := archive.conversations(
-            wanted := ConversationQuery(**given, since_ms=since_ms, until_ms=until_ms, after=after, limit=17)
+            ConversationQuery(**given, since_ms=since_ms, until_ms=until_ms, after=after, limit=17)
         ):
             found += page
-            assert conversations_among(from_memory, wanted) == page
             after = parse_ms(orjson.loads(page[-1].value)["updated_at"]), page[-1].id
 
         assert found == expected, given
@@ -467,11 +456,8 @@ def test_escalations_are_listed_high_first_then_oldest(archive: Archive) -> None
             ]
             found: list[Escalation] = []
             after = None
-            while page := archive.escalations(
-                wanted := EscalationQuery(status=status, priority=priority, after=after, limit=7)
-            ):
+            while page := archive.escalations(EscalationQuery(status=status, priority=priority, after=after, limit=7)):
                 found += page
-                assert escalations_among((one for one, _ in kept.values()), wanted) == page
                 last = orjson.loads(page[-1].value)
                 after = last["priority"], parse_ms(last["opened_at"]), last["id"]
 

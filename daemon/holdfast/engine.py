@@ -201,7 +201,7 @@ class Engine:
         self._askers: ThreadPoolExecutor | None = None
         self.lease_queue = LeaseQueue()
         state.on_released = self.lease_queue.released
-        self.transcripts = Transcripts(self.get, self._born_of, clock.now_ms, self._check_readable, self._everything)
+        self.transcripts = Transcripts(self.get, self._born_of, clock.now_ms, self._check_readable)
         self._follower: Follower | None = None
         self._mirror: mirror.Mirror | None = None
         _open_engines.add(self)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,14 +18,11 @@ from holdfast.archive.base import (
     ArchiveDamaged,
     ArchiveError,
     ConversationQuery,
-    Escalation,
     EscalationQuery,
     Figures,
-    Head,
     MessageQuery,
 )
 from holdfast.archive.follower import Follower
-from holdfast.archive.lists import conversations_among, escalations_among
 from holdfast.clock import format_ms, parse_ms
 from holdfast.core.conversations import AUTHORS, PRIORITIES, ROLES
 from holdfast.core.event import StoredMessage
@@ -71,12 +67,10 @@ class Transcripts:
         born_of: Callable[[str], tuple[int | None, int]],
         now_ms: Callable[[], int],
         check_readable: Callable[[], None],
-        everything: Callable[[str], Iterator[Record]],
     ) -> None:
-        """*get* reads a record of memory in its last durable state, *everything* all of a collection; *born_of* says with which event a conversation began,
+        """*get* reads a record of memory in its last durable state; *born_of* says with which event a conversation began,
         and to which seq that is known at least; *check_readable* raises when nothing can be read."""
         self._get = get
-        self._everything = everything
         self._born_of = born_of
         self._now_ms = now_ms
         self._check_readable = check_readable
@@ -187,10 +181,7 @@ class Transcripts:
             after=after,
             limit=limit + 1,
         )
-        found = self._read(
-            lambda archive: archive.conversations(wanted),
-            instead=lambda: conversations_among((Head(*one) for one in self._all("conversations")), wanted),
-        )
+        found = self._read(lambda archive: archive.conversations(wanted))
         items = [Record(head.id, head.version, head.value) for head in found[:limit]]
         if len(found) <= limit:
             return Page(items, None)
@@ -316,10 +307,7 @@ class Transcripts:
         filters = [status, priority]
         after = _decoded(cursor, "escalations", filters, tuple[str, int, str])
         wanted = EscalationQuery(status=status, priority=priority, after=after, limit=limit + 1)
-        found = self._read(
-            lambda archive: archive.escalations(wanted),
-            instead=lambda: escalations_among((Escalation(*one) for one in self._all("escalations")), wanted),
-        )
+        found = self._read(lambda archive: archive.escalations(wanted))
         items = [Record(*one) for one in found[:limit]]
         if len(found) <= limit:
             return Page(items, None)
@@ -331,8 +319,7 @@ class Transcripts:
     def figures(self) -> Figures:
         """How much there is, exactly, without counting it."""
         now_ms = self._now_ms()
-        # While it cannot be written the last moments before that are missing, which is better than nothing at all.
-        return self._read(lambda archive: archive.figures(now_ms), lambda archive: True)
+        return self._read(lambda archive: archive.figures(now_ms))
 
     def storage(self) -> dict[str, Any]:
         """The figures for people and monitors (CONTRACT section 7), with two that follow from them."""
@@ -392,37 +379,13 @@ class Transcripts:
                 wanted = msgspec.structs.replace(wanted, after=found[-1].number)
 
     def _some(self, id: str, wanted: MessageQuery) -> list[StoredMessage]:
-        return self._read(lambda archive: archive.messages(id, wanted), lambda archive: self._has_whole(archive, id))
+        return self._read(lambda archive: archive.messages(id, wanted))
 
-    def _has_whole(self, archive: Archive, id: str) -> bool:
-        """Whether *archive*, behind though it is, has all of the conversation *id*."""
-        head = self._get("conversations", id)
-        return head is not None and archive.version(id) == head.version
-
-    def _all(self, collection: str) -> Iterator[tuple[str, int, bytes]]:
-        return ((one.id, one.version, one.value) for one in self._everything(collection))
-
-    def _read(
-        self,
-        question: Callable[[Archive], T],
-        is_enough: Callable[[Archive], bool] = lambda archive: False,
-        instead: Callable[[], T] | None = None,
-    ) -> T:
-        """What the archive answers to *question*, once it is up to date.
-
-        While it cannot be written it answers when it *is_enough*; else *instead* does, if there is such a thing.
-        """
+    def _read(self, question: Callable[[Archive], T]) -> T:
         self._check_readable()
         follower = self._follower
         if follower is None:
             raise Unavailable("the archive is not open yet; try again soon")
-        behind = follower.present
-        if follower.failure is not None or behind is None:
-            with suppress(ArchiveError, ArchiveDamaged):
-                if behind is not None and is_enough(behind):
-                    return question(behind)
-            if instead is not None:
-                return instead()
         try:
             try:
                 return question(follower.archive())

@@ -238,10 +238,6 @@ class Archive(ABC):
         """A page of escalations."""
 
     @abstractmethod
-    def version(self, id: str) -> int | None:
-        """The version of the conversation *id* as it is here; None when it is not."""
-
-    @abstractmethod
     def external_numbers(self, id: str, wanted: Sequence[tuple[str, str]]) -> dict[tuple[str, str], int]:
         """Of the pairs of channel and external id in *wanted*, those that messages of the conversation *id* have, each
         with the message's number."""

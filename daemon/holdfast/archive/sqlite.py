@@ -334,11 +334,6 @@ class SQLiteArchive(Archive):
             ).fetchall()
         return [Escalation(*row) for row in rows]
 
-    def version(self, id: str) -> int | None:
-        with self._reading() as connection:
-            row = connection.execute("SELECT version FROM conversations WHERE id = ?", (id,)).fetchone()
-        return None if row is None else row[0]
-
     def external_numbers(self, id: str, wanted: Sequence[tuple[str, str]]) -> dict[tuple[str, str], int]:
         found = {}
         with self._reading() as connection:
