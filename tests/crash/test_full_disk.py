@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -360,6 +360,8 @@ def _resume(engine: Engine, ledger: Ledger) -> float:
             assert time.monotonic() - started < RESUMES_S, "writes did not resume"
         else:
             ledger.acknowledge()
+            # What was proposed may change nothing, and only a change shows that there is room again.
+            _pad_journal(engine, 1)
             return time.monotonic() - started
 
 
@@ -388,12 +390,15 @@ def _largest_file(size: int) -> Iterator[None]:
 
 def _wait_until_healthy(engine: Engine) -> None:
     """The archive tries again each second."""
-    _wait_for(lambda: not engine.degraded)
+    _wait_for(lambda: not engine.degraded, lambda: f"still degraded: {engine.degraded}")
 
 
-def _wait_for(condition: object, deadline_s: float = 30.0) -> None:
-    assert callable(condition)
+def _wait_for(
+    condition: Callable[[], bool],
+    complaint: Callable[[], str] = lambda: "it did not come to it",
+    deadline_s: float = 30.0,
+) -> None:
     ends_at = time.monotonic() + deadline_s
     while not condition():
-        assert time.monotonic() < ends_at, "it did not come to it"
+        assert time.monotonic() < ends_at, complaint()
         time.sleep(0.01)
