@@ -47,6 +47,7 @@ IMPORTED_IN = {
     "structlog": ("service/", "http/", "recovery.py"),
     "uvloop": ("service/daemon.py",),
     "watchdog": ("service/watch.py",),
+    "zstandard": ("care/packing.py",),
 }
 """Where each library may be imported; those for JSON and structs are at home everywhere. Of Python's own, the one that may
 give way to another."""
