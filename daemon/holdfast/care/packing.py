@@ -70,7 +70,7 @@ def _decompress(chunks: Iterable[bytes]) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES_MAX).decompressobj()
     try:
         for chunk in chunks:
-            # A small piece may hold gigabytes of zeros, so the pieces are small.
+            # A kilobyte may hold 32 MB of zeros, so no more is taken at a time.
             for start in range(0, len(chunk), _STEP_BYTES):
                 if decompressor.eof:
                     raise Unreadable("there is something behind its end")
@@ -85,4 +85,4 @@ def _decompress(chunks: Iterable[bytes]) -> Iterator[bytes]:
         raise Unreadable("there is something behind its end")
 
 
-_STEP_BYTES = 16 << 10
+_STEP_BYTES = 1 << 10
