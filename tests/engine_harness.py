@@ -18,7 +18,7 @@ from holdfast.engine import Engine
 from holdfast.errors import HoldfastError
 from holdfast.ops import Answer, AnyOp, Batch, Durability
 from holdfast.recovery import open_engine
-from holdfast.settings import Settings
+from holdfast.settings import BackupSettings, Settings
 
 NOW = "2026-11-21T06:00:00.000Z"
 NOW_MS = parse_ms(NOW)
@@ -115,8 +115,8 @@ def _is_segment(fd: int) -> bool:
 
 
 def settings_of(data_dir: Path, **chosen: Any) -> Settings:
-    """Settings for *data_dir*; a mapping chooses within its section."""
-    settings = Settings(data_dir=data_dir)
+    """Settings for *data_dir*, which keep no history behind the flushes; a mapping chooses within its section."""
+    settings = Settings(data_dir=data_dir, backups=BackupSettings(pitr=0))
     for name, value in chosen.items():
         if isinstance(value, dict):
             value = msgspec.structs.replace(getattr(settings, name), **value)

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import aiohttp
 import msgspec
 
+from holdfast.care.restore import RestorePlan, RestoreState, Target
+from holdfast.care.seal import AgeSeal
 from holdfast.engine import Engine
 from holdfast.errors import SettingsError
 from holdfast.http.app import HttpService
 from holdfast.ops import FlushReport
 from holdfast.recovery import open_engine
-from holdfast.settings import LimitSettings, Settings
+from holdfast.settings import BackupSettings, LimitSettings, Settings
 
 ANSWER_S = 10.0
 """More than any answer in these tests takes, so that a hang fails instead of hanging."""
@@ -52,6 +54,12 @@ class Operator:
         if self.invalid:
             raise SettingsError(self.invalid)
         return {"changed": ["sessions.ttl"], "needs_restart": []}
+
+    def restore(self, target: Target, planned: RestorePlan, seal: AgeSeal | None) -> RestoreState:
+        return RestoreState(state="preparing", backup=planned.backup, at=planned.at)
+
+    def restore_state(self) -> RestoreState:
+        return RestoreState(state="idle")
 
     def status(self) -> dict[str, Any]:
         return self.engine.status()
@@ -159,6 +167,7 @@ async def serving(data_dir: Path, **limits: Any) -> AsyncIterator[Served]:
     settings = Settings(
         data_dir=data_dir,
         listen=("unix:", "tcp:127.0.0.1:0"),
+        backups=BackupSettings(pitr=0),
         limits=msgspec.structs.replace(LimitSettings(), **limits),
     )
     engine = await asyncio.to_thread(open_engine, settings)

@@ -95,7 +95,7 @@ def command_lines(chance: random.Random, tries: int) -> Iterator[list[str]]:
         options = [
             one for one in command.params if isinstance(one, click.Option) and one.name not in ("watch", "follow")
         ]
-        for odd in chance.sample(ODD, 4 * tries):
+        for odd in chance.sample(ODD, 4 * tries if FULL else 2):
             yield [*path, *(odd for _ in arguments)]
         for option in options:
             if option.name in COMMON and chance.random() > 0.2:

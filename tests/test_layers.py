@@ -40,14 +40,16 @@ IMPORTED_IN = {
     "markupsafe": ("http/docs/",),
     "msgspec": ("",),
     "multidict": ("http/",),
+    "obstore": ("care/store.py",),
     "orjson": ("",),
     "prometheus_client": ("http/metrics.py",),
+    "pyrage": ("care/seal.py",),
     "rich": ("cli/",),
     "sqlite3": ("archive/sqlite",),
     "structlog": ("service/", "http/", "recovery.py"),
     "uvloop": ("service/daemon.py",),
     "watchdog": ("service/watch.py",),
-    "zstandard": ("care/packing.py",),
+    "zstandard": ("archive/sqlite_packed.py", "care/packing.py"),
 }
 """Where each library may be imported; those for JSON and structs are at home everywhere. Of Python's own, the one that may
 give way to another."""

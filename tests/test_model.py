@@ -59,7 +59,7 @@ from holdfast.settings import Settings
 
 FULL = os.environ.get("HOLDFAST_CRASH") == "full"
 SEED = int(os.environ.get("HOLDFAST_CRASH_SEED", "20261121"))
-EXAMPLES = 600 if FULL else 60
+EXAMPLES = 600 if FULL else 40
 STEPS = 40
 
 SESSION_TTL_MS = 24 * 3600 * 1000

@@ -75,6 +75,15 @@ def test_the_drop_in_module(tmp_path: Path) -> None:
     assert "'message_count': 2" in printed[1]
 
 
+def test_the_drop_in_class(tmp_path: Path) -> None:
+    """The fifth: a list in a file, a backup of it, its settings."""
+    printed = run(EXAMPLES[4], tmp_path).splitlines()
+
+    assert re.fullmatch(r"tasks_\d{8}_\d{6}\.json", printed[0])
+    assert printed[1].startswith("[{'id': 1, 'due': '2026-11-21'}] [{'filename': 'tasks_")
+    assert printed[2] == "10 True"
+
+
 def test_every_example_is_run() -> None:
     """One more in the README wants one more test here."""
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5

@@ -38,7 +38,18 @@ from holdfast.blocking import sales_figures
 from holdfast.errors import BadRequest, HoldfastError, VersionMismatch
 from holdfast.events import Event
 from holdfast.held import AsyncLease, AsyncLeaseRequest
-from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Seconds, SessionLease, Window
+from holdfast.ops import (
+    Answer,
+    AnyOp,
+    BackupReport,
+    Durability,
+    FlushReport,
+    Page,
+    Record,
+    Seconds,
+    SessionLease,
+    Window,
+)
 
 
 class AsyncTranscripts(Protocol):
@@ -541,6 +552,10 @@ class AsyncHoldfast(ABC):
     @abstractmethod
     async def flush(self) -> FlushReport:
         """Write what changed to the snapshot files; errors as ``Engine.flush``."""
+
+    @abstractmethod
+    async def backup(self) -> BackupReport:
+        """Make a backup of everything, and load everything from it to prove it; errors as ``Engine.backup``."""
 
     @abstractmethod
     def events(self, after: int | None = None, *, ops: Collection[str] = (), ids: Collection[str] = ()) -> AsyncEvents:

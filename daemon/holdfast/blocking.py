@@ -39,7 +39,18 @@ from holdfast.api import (
 from holdfast.errors import BadRequest, HoldfastError, VersionMismatch
 from holdfast.events import Event
 from holdfast.held import Lease, Renewals
-from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Seconds, SessionLease, Window
+from holdfast.ops import (
+    Answer,
+    AnyOp,
+    BackupReport,
+    Durability,
+    FlushReport,
+    Page,
+    Record,
+    Seconds,
+    SessionLease,
+    Window,
+)
 
 
 class Transcripts(Protocol):
@@ -627,6 +638,10 @@ class Holdfast(ABC):
     @abstractmethod
     def flush(self) -> FlushReport:
         """Write what changed to the snapshot files; errors as ``Engine.flush``."""
+
+    @abstractmethod
+    def backup(self) -> BackupReport:
+        """Make a backup of everything, and load everything from it to prove it; errors as ``Engine.backup``."""
 
     @abstractmethod
     def events(self, after: int | None = None, *, ops: Collection[str] = (), ids: Collection[str] = ()) -> Events:

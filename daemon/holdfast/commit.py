@@ -163,6 +163,7 @@ class Committer:
         self._is_full = False
         self._is_closing = False
         self._is_settling = False
+        self._has_room: Callable[[int], bool] | None = None
         # Not an Event, whose waiter wakes only to wait for the lock that the setter still holds.
         self._wakes: SimpleQueue[None] = SimpleQueue()
         self._is_woken = False
@@ -263,6 +264,15 @@ class Committer:
         """Have everything acknowledged so far written and synced soon, whatever durability was asked for."""
         self._is_settling = True
         self._wake()
+
+    def probe_room(self, has_room: Callable[[int], bool]) -> None:
+        """Have whoever writes see soon whether a full disk has room again, without waiting for somebody's next op.
+
+        *has_room* is asked whether a file could grow beyond so many bytes, those of the present segment.
+        """
+        if self._is_full:
+            self._has_room = has_room
+            self._wake()
 
     def close(self) -> None:
         """Write what was acknowledged but not yet written, sync, and end the thread.
@@ -372,6 +382,11 @@ class Committer:
             if checkpoint:
                 checkpoint.seq = self._state.seq
                 checkpoint.begin(checkpoint.seq)
+        if is_thread and self._has_room is not None:
+            has_room, self._has_room = self._has_room, None
+            # A batch finds out by itself.
+            if self._is_full and not batch.lines and has_room(self._journal.segment_bytes):
+                self._note_full(False)
         has_work = bool(batch.lines or checkpoint or deferred)
         if not has_work and self._is_closing:
             return False

@@ -8,11 +8,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from holdfast.blocking import Block, Events, Holdfast
+from holdfast.care import backup
 from holdfast.care.retention import CHECK_EVERY_S, Daily
 from holdfast.engine import Engine, Ticket
 from holdfast.errors import HoldfastError
 from holdfast.leases import take_lease
-from holdfast.ops import Answer, AnyOp, Batch, Durability, FlushReport, SessionLease
+from holdfast.ops import Answer, AnyOp, BackupReport, Batch, Durability, FlushReport, SessionLease
 from holdfast.recovery import open_engine
 from holdfast.settings import Settings, chosen
 
@@ -55,12 +56,22 @@ class Keeper:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._stopping = threading.Event()
+        if engine.settings.backups.copy_to:
+            from holdfast.care.copies import Copies  # here, since most programs copy nothing
+
+            engine.copies = Copies(
+                engine.settings.data_dir, lambda: engine.settings, engine.now_ms, engine.log, is_left_behind=True
+            )
+            engine.copies.start()
         self._thread = threading.Thread(target=self._run, name="holdfast-keeper", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread; waits for what it is at."""
         self._stopping.set()
+        self._engine.backups.cancel()
+        if self._engine.copies is not None:
+            self._engine.copies.close()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -72,8 +83,11 @@ class Keeper:
             waited_s += every_s
             since_start_s += every_s
             try:
+                self._engine.look_at_disk(self._stopping.is_set)
                 if since_start_s >= CHECK_EVERY_S:
                     retention.run_when_due()
+                if since_start_s >= backup.CHECK_EVERY_S:
+                    self._engine.backups.run_when_due()
                 self._engine.expire()
                 if waited_s >= self._engine.settings.flush_every or self._engine.flush_wanted():
                     waited_s = 0.0
@@ -132,6 +146,10 @@ class Embedded(Holdfast):
     def flush(self) -> FlushReport:
         """Write what changed to the snapshot files; errors as ``Engine.flush``."""
         return self.engine.flush("api")
+
+    def backup(self) -> BackupReport:
+        """As ``Holdfast.backup``."""
+        return self.engine.backup("api")
 
     def events(self, after: int | None = None, *, ops: Collection[str] = (), ids: Collection[str] = ()) -> Events:
         """As ``Holdfast.events``; a reader that comes to lag behind what the journal keeps ends with Gone."""

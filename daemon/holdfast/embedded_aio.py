@@ -17,7 +17,7 @@ from holdfast.embedded import Keeper, note_ticket, settings_from
 from holdfast.engine import Engine, Ticket
 from holdfast.errors import HoldfastError
 from holdfast.leases import take_lease_async
-from holdfast.ops import Answer, AnyOp, Batch, Durability, FlushReport, Page, Record, SessionLease, Window
+from holdfast.ops import Answer, AnyOp, BackupReport, Batch, Durability, FlushReport, Page, Record, SessionLease, Window
 from holdfast.recovery import open_engine
 
 
@@ -195,6 +195,10 @@ class AsyncEmbedded(AsyncHoldfast):
     async def flush(self) -> FlushReport:
         """Write what changed to the snapshot files; errors as ``Engine.flush``."""
         return await asyncio.to_thread(self.engine.flush, "api")
+
+    async def backup(self) -> BackupReport:
+        """As ``AsyncHoldfast.backup``."""
+        return await asyncio.to_thread(self.engine.backup, "api")
 
     def events(self, after: int | None = None, *, ops: Collection[str] = (), ids: Collection[str] = ()) -> AsyncEvents:
         """As ``AsyncHoldfast.events``; a reader that comes to lag behind what the journal keeps ends with Gone."""

@@ -13,16 +13,17 @@ import weakref
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 from zoneinfo import ZoneInfo
 
 import msgspec
 import orjson
 
 from holdfast import record
-from holdfast.archive.base import Escalation, Head
+from holdfast.archive.base import ArchiveDamaged, Escalation, Head
 from holdfast.archive.follower import Follower, Place, Source
-from holdfast.care import mirror
+from holdfast.care import backup, mirror
+from holdfast.care.space import SpaceWatch
 from holdfast.clock import Clock, format_ms, parse_ms
 from holdfast.commit import Batch as WriteBatch
 from holdfast.commit import Committer
@@ -45,22 +46,24 @@ from holdfast.core.state import (
     answer_of,
     apply,
 )
-from holdfast.disk.files import DirectoryLock
+from holdfast.disk.files import Directory, DirectoryLock
 from holdfast.disk.journal import Journal
+from holdfast.disk.snapshot import Manifest
 from holdfast.errors import BadRequest, ForkedProcess, HoldfastError, StorageFull, TooLarge, Unavailable
 from holdfast.feed import Events, Feed, Selection
-from holdfast.flush import Flusher
+from holdfast.flush import Flusher, change_detector
 from holdfast.leases import LeaseQueue
 from holdfast.load import forgotten_ms
 from holdfast.measures import Gauges
 from holdfast.ops import (
     Answer,
     AnyOp,
+    BackupReport,
     Batch,
     Durability,
     FlushReport,
     MessageAppend,
-    MessageExpire,
+    OwnOp,
     Page,
     Record,
     Retry,
@@ -69,6 +72,9 @@ from holdfast.pages import Filter, page_of
 from holdfast.settings import Settings
 from holdfast.transcripts import Transcripts
 from holdfast.values import ValueLimits
+
+if TYPE_CHECKING:
+    from holdfast.care.copies import Copies
 
 T = TypeVar("T")
 
@@ -80,6 +86,9 @@ ASKERS_MAX = 8
 
 ARCHIVE_WAIT_S = 5.0
 """What a flush gives the archive to catch up; when it does not, the journal is kept for it."""
+
+COMPACT_ROOM = 1.2
+"""Times the size of the archive that must be free to write a second one: what comes meanwhile needs room as well."""
 
 CLOCK_JUMP_MS = 5 * 60_000
 """A wall clock this far ahead of the monotonic one has jumped; expiry does not believe it."""
@@ -145,8 +154,12 @@ class Engine:
 
     Attributes:
         degraded: reasons why the data is not all it should be; empty when healthy.
+        backups: the sets, and what keeps the history behind them.
+        care_notes: such reasons, by the name of whoever found them and takes them back: a verification, a backup.
         feed: the event stream, for readers that need more than ``events``.
         lease_queue: who waits for a session's lease.
+        space: the room on the disk, and what takes it, as of the last ``look_at_disk``.
+        copies: those of the backups at a second place; None where nobody makes any.
         transcripts: the conversations, for reading.
         log: where it tells what it does.
         measures: what it, its journal thread and its flushes count.
@@ -169,6 +182,9 @@ class Engine:
     ) -> None:
         self.settings = settings
         self._recovery_notes = degraded
+        self.care_notes: dict[str, str] = {}
+        self.space = SpaceWatch(settings.data_dir, clock.monotonic, log)
+        self.copies: Copies | None = None
         self._reserved_names = reserved_names
         self._state = state
         # Which ids were forgotten before nobody knows.
@@ -204,6 +220,7 @@ class Engine:
         self.transcripts = Transcripts(self.get, self._born_of, clock.now_ms, self._check_readable)
         self._follower: Follower | None = None
         self._mirror: mirror.Mirror | None = None
+        self.backups = backup.Backups(self._backup_source(), clock, log)
         _open_engines.add(self)
 
     # Changing.
@@ -230,6 +247,16 @@ class Engine:
         self.transcripts.follow_with(follower)
         follower.start()
 
+    def rebuild_archive(self, reason: str, timeout: float) -> None:
+        """Have the archive made anew, and wait until that is done.
+
+        Raises:
+            Unavailable: *timeout* seconds have passed; it goes on.
+        """
+        assert self._follower is not None, "there is an archive from the start on"
+        self._follower.report_damage(ArchiveDamaged(reason))
+        self._follower.archive(timeout)
+
     def start_mirror(self, *, trusted_seq: int | None, stamp: Callable[[], str]) -> None:
         """Write the readable mirror after each flush from now on. Called once, after ``start_archive``.
 
@@ -252,6 +279,23 @@ class Engine:
         self._flusher.after_flush = writer.flushed
         writer.start()
 
+    def start_backups(self) -> None:
+        """Keep the history from now on, and clear away what a killed backup left. Called once, after ``start_archive``."""
+        self.backups.start()
+
+    def _backup_source(self) -> backup.Source:
+        return backup.Source(
+            data_dir=self.settings.data_dir,
+            settings=lambda: self.settings,
+            flush=lambda: self.flush("backup"),
+            flusher=self._flusher,
+            archive=lambda: None if self._follower is None else self._follower.present,
+            archive_failure=lambda: None if self._follower is None else self._follower.failure,
+            seq=lambda: self._state.seq,
+            change_detector=lambda: change_detector(self._state),
+            notes=self.care_notes,
+        )
+
     def _everything(self, collection: str) -> Iterator[Record]:
         """All records of *collection* in their last durable state, a shard at a time."""
         found = self._state.collections[collection]
@@ -266,7 +310,7 @@ class Engine:
 
     def submit(
         self,
-        op: AnyOp | MessageExpire,
+        op: AnyOp | OwnOp,
         *,
         durability: Durability | None = None,
         retry: Retry | None = None,
@@ -398,7 +442,7 @@ class Engine:
                 self._committer.lead()
 
     def _decide_one(
-        self, op: AnyOp | MessageExpire, durability: Durability | None, retry: Retry | None, known: Externals
+        self, op: AnyOp | OwnOp, durability: Durability | None, retry: Retry | None, known: Externals
     ) -> Ticket:
         state = self._state
         place = None if retry is None else (retry.client, 0, retry.number)
@@ -437,7 +481,7 @@ class Engine:
 
     def _decide(
         self,
-        op: AnyOp | MessageExpire,
+        op: AnyOp | OwnOp,
         durability: Durability | None,
         place: tuple[str, int, int] | None,
         is_repeat: bool,
@@ -512,7 +556,7 @@ class Engine:
         batch = committer.add(payload, seq, durability, undoable=undoable)
         return Ticket(outcomes, seq, batch)
 
-    def _check_room(self, ops: Sequence[AnyOp | MessageExpire]) -> None:
+    def _check_room(self, ops: Sequence[AnyOp | OwnOp]) -> None:
         """Refuse *ops* that would wait in memory for a flush that cannot be written."""
         if self._committer.deferred_bytes > self.settings.journal_max:
             for op in ops:
@@ -609,6 +653,29 @@ class Engine:
         value, version = record.split(line)
         return Record(id, version, value)
 
+    def line(self, collection: str, id: str) -> bytes | None:
+        """The record *id* with its header, in its last durable state; ``orders`` as for ``get``."""
+        self._check_readable()
+        names = (ORDERS, COMPLETED_ORDERS, ORDERS) if collection == ORDERS else (collection,)
+        for name in names:
+            found = self._state.collections.get(name)
+            line = found.committed(id) if found is not None else None
+            if line is not None:
+                return line
+        return None
+
+    def check(self, op: AnyOp | OwnOp) -> None:
+        """Raise what ``submit`` would raise for *op* now; nothing is changed."""
+        with self._lock:
+            if self._refusal is not None:
+                raise self._refusal
+            decide(self._state, op, self._rules, self._state.seq + 1, self._clock.now_ms())
+
+    @property
+    def rules(self) -> Rules:
+        """The settings that decisions depend on, as they are now."""
+        return self._rules
+
     def page(
         self,
         collection: str,
@@ -617,21 +684,27 @@ class Engine:
         cursor: str | None = None,
         since_ms: int | None = None,
         state: str | None = None,
+        until_ms: int | None = None,
     ) -> Page:
         """Records of *collection* in a stable order of no meaning, from *cursor* on.
 
         Args:
             limit: at most so many.
             cursor: ``next`` of the page before.
-            since_ms: only records active (sessions) or changed (others) at or after this, ms since 1970.
+            since_ms, until_ms: only records active (sessions) or changed (others) at or after this, and before; ms since 1970.
             state: only sessions with this ``currentState``, orders with this ``status``.
 
         Raises:
             BadRequest: a cursor of another list, or a filter that this collection does not have.
         """
         self._check_readable()
-        wanted = Filter(since_ms, state)
+        wanted = Filter(since_ms, state, until_ms)
         return page_of(self._state, self._lock, self._rules, collection, limit, cursor, wanted)
+
+    def everything(self, collection: str) -> Iterator[Record]:
+        """All records of *collection*, none when there is no such thing, each in its last durable state."""
+        self._check_readable()
+        return iter(()) if collection not in self._state.collections else self._everything(collection)
 
     def is_held(self, head: Mapping[str, Any]) -> bool:
         """Whether a legal hold keeps the conversation of *head*."""
@@ -661,6 +734,7 @@ class Engine:
         """Counts, seqs, sizes and the last flush, for people and monitors."""
         state, journal = self._state, self._journal
         last = self._flusher.last_report
+        space = self.space.space
         with self._lock:
             count = {name: found.committed_count() for name, found in state.collections.items()}
         return {
@@ -684,8 +758,20 @@ class Engine:
             "snapshot_bytes": self._flusher.snapshot_bytes,
             "durability": self._committer.durability,
             "last_flush": None if last is None else msgspec.to_builtins(last),
+            "disk": {
+                "free_bytes": space.free_bytes,
+                "size_bytes": space.disk_bytes,
+                "free_files": space.free_files,
+                "grows_bytes_h": space.grows_bytes_h,
+                "hours_left": space.hours_left,
+            },
+            "parts": {name: usage._asdict() for name, usage in self.space.parts.items()},
             "degraded": self.degraded,
         }
+
+    def last_seq(self) -> int:
+        """Of the last event decided; cheap, to see whether anything happens."""
+        return self._state.seq
 
     def now_ms(self) -> int:
         """The time of records: ms since 1970."""
@@ -748,7 +834,7 @@ class Engine:
     @property
     def degraded(self) -> list[str]:
         """Reasons why the data is not all it should be; empty when healthy."""
-        reasons = list(self._recovery_notes)
+        reasons = [*self._recovery_notes, *list(self.care_notes.values())]
         if self._committer.is_full:
             reasons.append("the disk is full: writes are refused with storage_full until there is room")
         if self._flusher.last_error is not None:
@@ -774,6 +860,38 @@ class Engine:
         """
         self._check_readable()
         return self._flusher.flush(reason, self._committer, self._state)
+
+    def hold_snapshots(self, use: Callable[[Manifest, Directory], T]) -> T:
+        """What *use* gives, called with the manifest and the data directory while no flush replaces a file.
+
+        Raises:
+            StorageFull, OSError: a flush was interrupted before, and what it left cannot be settled.
+        """
+        self._check_readable()
+        return self._flusher.hold(use)
+
+    def edited_files(self) -> list[str]:
+        """The snapshot files that are not as the last flush left them: somebody wrote, or removed, them."""
+        self._check_readable()
+        return self._flusher.edited()
+
+    def rewrite(self, names: Collection[str]) -> None:
+        """Have the next flush write the snapshot files *names* anew; what stands there is kept in ``backups/``."""
+        self._flusher.distrust(names)
+
+    def backup(self, reason: str, progress: Callable[[str], object] | None = None) -> BackupReport:
+        """Make a backup set of everything acknowledged so far, load everything from it to prove it, and remove those that
+        need not be kept; blocks nobody but its caller.
+
+        While one backup is taken, all further calls share the one that comes after it. *progress* is told in words how far
+        it is. A set whose proof fails is there nevertheless; the report says so.
+
+        Raises:
+            StorageFull, OSError: there is no new set; those that are there stay.
+            Unavailable: stopping.
+        """
+        self._check_readable()
+        return self.backups.take(reason, progress)
 
     def flush_wanted(self) -> bool:
         """Whether the journal has outgrown ``journal_max``."""
@@ -802,6 +920,55 @@ class Engine:
             Unavailable: closed.
         """
         return Events(self.feed.open(after, Selection(ops, ids)))
+
+    def compact_archive(self, is_stopping: Callable[[], bool] = lambda: False) -> None:
+        """Write the archive anew without what is free in it; blocks, while others read and write.
+
+        Raises:
+            StorageFull: there is no room for a second one.
+            Unavailable: it cannot be read or written now, or *is_stopping* said so; it is as it was.
+        """
+        self._check_readable()
+        follower = self._follower
+        if follower is None:
+            return
+        archive_bytes = follower.archive().describe().get("bytes", 0)
+        free_bytes, _ = self._flusher.disk_space()
+        if free_bytes < archive_bytes * COMPACT_ROOM:
+            raise StorageFull(
+                f"compacting the archive needs {round(archive_bytes * COMPACT_ROOM) >> 20} MiB of free room for a while, "
+                f"there are {free_bytes >> 20}; free space first"
+            )
+        has_changed = change_detector(self._state)
+
+        def is_busy() -> bool:
+            if is_stopping() or self._refusal is not None:
+                raise Unavailable("stopping; the archive is as it was")
+            return has_changed()
+
+        # A backup under way would lose the archive that it copies.
+        with self.backups.paused():
+            seq = follower.durable_seq
+            self._flusher.follow("compacting", lambda: seq)
+            try:
+                follower.compact(is_busy)
+            finally:
+                self._flusher.unfollow("compacting")
+
+    def look_at_disk(self, is_stopping: Callable[[], bool] = lambda: False) -> None:
+        """See how much room there is, and whether a full disk has some again; to be called every few seconds, by one thread.
+
+        Raises:
+            OSError: the file system does not answer.
+        """
+        self.space.look(self.settings.limits.disk_free, is_stopping)
+        complaints = {"disk": self.space.complaint, "copies": self.copies.complaint if self.copies is not None else ""}
+        for name, complaint in complaints.items():
+            if complaint:
+                self.care_notes[name] = complaint
+            else:
+                self.care_notes.pop(name, None)
+        self._committer.probe_room(self._flusher.has_room)
 
     def journal_progress(self) -> float:
         """When whoever writes the journal began, monotonic seconds; infinite when nobody does."""
@@ -836,6 +1003,7 @@ class Engine:
             with self._lock:
                 self._refusal = self._refusal or Unavailable("stopping; connect again when it is back")
             self.lease_queue.dismiss()
+            self.backups.close()
             for executor in (self._submitter, self._askers):
                 if executor is not None:
                     executor.shutdown(wait=False)

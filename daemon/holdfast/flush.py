@@ -8,8 +8,8 @@ manifest; the files move into place; the manifest follows; only then is the jour
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -47,6 +47,8 @@ from holdfast.disk.snapshot import (
 from holdfast.errors import HoldfastError
 from holdfast.ops import FlushReport
 
+T = TypeVar("T")
+
 SALES_FILE = "sales_stats.json"
 RETRIES_FILE = "_retries.json"
 
@@ -82,6 +84,7 @@ class Flusher:
         followers: by name, what each still needs: a function that gives its watermark seq. Changed by ``follow`` and
             ``unfollow``, from any thread.
         journal_keep: bytes of the journal that are kept for readers behind the snapshots.
+        before_making_room: called when history is given up for want of room, by whoever makes it; must not raise.
         before_publishing: called with the seq of the snapshots before they are in place; must not raise.
         before_pruning: called with the seq of the snapshots before the journal is pruned, so that followers may catch up.
         after_flush: called with that seq when all is done; must not raise.
@@ -103,6 +106,7 @@ class Flusher:
         """Begin with the files of *manifest*, and with those *loaded* (name to size and mtime_ns) that others wrote."""
         self.followers: dict[str, Callable[[], int]] = {}
         self.journal_keep = 0
+        self.before_making_room: Callable[[], object] = lambda: None
         self.before_publishing: Callable[[int], object] = lambda seq: None
         self.before_pruning: Callable[[int], object] = lambda seq: None
         self.after_flush: Callable[[int], object] = lambda seq: None
@@ -142,6 +146,10 @@ class Flusher:
         """Bytes free for us, and all bytes, of the file system that the data directory is on."""
         return self._directory.space()
 
+    def has_room(self, beyond_bytes: int) -> bool:
+        """Whether a file of *beyond_bytes* could grow: tried, since neither quotas nor limits show in the free room."""
+        return self._directory.has_room(beyond_bytes)
+
     def follow(self, name: str, watermark: Callable[[], int]) -> None:
         """Keep the journal from *watermark*() + 1 on, as long as it is still there when this returns."""
         with self._pruning:
@@ -154,10 +162,28 @@ class Flusher:
 
     def make_room(self) -> None:
         """Give up the history that is kept for readers only; what followers need stays. Errors are told in the log."""
+        self.before_making_room()
         try:
             self._retire(self.snapshot_seq, keep_bytes=0)
         except OSError as error:
             self._log.warning("journal.keep_failed", reason=str(error))
+
+    def hold(self, use: Callable[[Manifest, Directory], T]) -> T:
+        """What *use* gives, called with the manifest and the directory while no flush replaces a file.
+
+        Raises:
+            StorageFull, OSError: a flush was interrupted before, and what it left cannot be settled.
+        """
+        with self._running:
+            self._settle_interrupted()
+            return use(self._manifest, self._directory)
+
+    def distrust(self, names: Iterable[str]) -> None:
+        """Have the next flush write the files *names* anew, whether their collections changed or not: somebody else, or the
+        disk, changed what we wrote. What stands there is kept as evidence."""
+        with self._running:
+            files = {name: entry for name, entry in self._manifest.files.items() if name not in set(names)}
+            self._manifest = msgspec.structs.replace(self._manifest, files=files)
 
     def flush(self, reason: str, committer: Committer, state: State) -> FlushReport:
         """Flush, or share the flush that waits for the running one; errors as ``Engine.flush``."""
@@ -229,7 +255,7 @@ class Flusher:
                 sales.append(state.sales)
 
         staged: dict[str, FileEntry] = {}
-        is_busy = _change_detector(state)
+        is_busy = change_detector(state)
         try:
             seq = committer.checkpoint(begin)
             for collection in captured:
@@ -288,6 +314,8 @@ class Flusher:
                     raise
                 # What only readers want must not make a flush fail for want of room.
                 self._log.warning("journal.keep_failed", reason=str(error))
+                self.before_making_room()
+                needed_seq = min([covered_seq, *(watermark() for watermark in list(self.followers.values()))]) + 1
                 return self._journal.retire(covered_seq, needed_seq, keep_bytes=0)
 
     def _publish(self, staged: dict[str, FileEntry], seq: int) -> None:
@@ -305,6 +333,16 @@ class Flusher:
         self._directory.rename(MANIFEST_NEXT, MANIFEST)
         self._directory.sync()
         self._manifest, self._interrupted = manifest, None
+
+    def edited(self) -> list[str]:
+        """The files that are not as the last flush left them, or as they were loaded."""
+        with self._running:
+            known = {name: (entry.bytes, entry.mtime_ns) for name, entry in self._manifest.files.items()}
+            return [name for name, expected in (self._loaded | known).items() if self._signature(name) != expected]
+
+    def _signature(self, name: str) -> tuple[int, int] | None:
+        found = self._directory.stat(name)
+        return None if found is None else (found.st_size, found.st_mtime_ns)
 
     def _settle_interrupted(self) -> None:
         """Put into the manifest what a flush that failed moved into place, before the manifest that knows it is replaced."""
@@ -369,7 +407,7 @@ class _Counter:
         self.count = 0
 
 
-def _change_detector(state: State) -> Callable[[], bool]:
+def change_detector(state: State) -> Callable[[], bool]:
     """Tells whether anything was changed since it was asked last."""
     seen_seq = state.seq
 

@@ -88,7 +88,7 @@ _BOOKKEEPING: dict[str, type[msgspec.Struct]] = {
 }
 """What the records of our own collections hold; nobody else checks them when they are used."""
 
-_SCHEDULED = (LEASES, KEYS, EXTERNALS)
+SCHEDULED = (LEASES, KEYS, EXTERNALS)
 """Of our own collections those whose records are of use for some time only."""
 
 
@@ -136,7 +136,7 @@ def load_trusted(
         OSError: it cannot be read.
     """
     try:
-        _load_blocks(directory, name, entry, state, collection, rules, on_block)
+        load_blocks(read_blocks(directory, name, entry), state, collection, rules, on_block)
     except (KeyError, TypeError, ValueError, OverflowError, msgspec.DecodeError):
         # The checksum of the whole comes last; until then a changed bit may look like anything.
         for _ in read_blocks(directory, name, entry):
@@ -144,25 +144,27 @@ def load_trusted(
         raise
 
 
-def _load_blocks(
-    directory: Directory,
-    name: str,
-    entry: FileEntry,
+def load_blocks(
+    blocks: Iterable[bytes],
     state: State,
     collection: Collection,
     rules: Rules,
-    on_block: Callable[[int], None],
+    on_block: Callable[[int], None] = lambda size: None,
 ) -> None:
+    """Load *blocks* of whole lines, as ``disk.snapshot`` gives them; errors as ``load_trusted``, and those of *blocks*.
+
+    Blocks that are not what we wrote may raise whatever their content leads to, before their checksum tells.
+    """
     opening = b'{"%b":"' % id_field_of(collection.name, rules).encode()
     is_sessions = collection.name == SESSIONS
-    for block in read_blocks(directory, name, entry):
+    for block in blocks:
         lines = block.split(b",\n")
         raw_ids = _ids(block, lines, opening) or [_slow_id(line, opening).encode() for line in lines]
         ids = [id.decode() for id in raw_ids]
         collection.fill_all(raw_ids, ids, lines)
         if is_sessions:
             _schedule_sessions(state, block, ids, lines, rules)
-        elif collection.name in _SCHEDULED:
+        elif collection.name in SCHEDULED:
             for id, line in zip(ids, lines, strict=True):
                 schedule_bookkeeping(state, collection.name, id, line)
         on_block(len(block))
@@ -200,10 +202,19 @@ def load_foreign(
         collection.fill(id, line)
         if collection.name == SESSIONS:
             state.session_wheel.schedule(id, due)
-        elif collection.name in _SCHEDULED:
+        elif collection.name in SCHEDULED:
             schedule_bookkeeping(state, collection.name, id, line)
     counts.loaded = collection.count
     return counts
+
+
+def checked_id(collection: str, line: bytes, rules: Rules) -> str:
+    """The id of the record in *line*, a line of ours, when all holds for it that is asked of foreign ones.
+
+    Raises:
+        KeyError, TypeError, ValueError, OverflowError: it does not.
+    """
+    return _foreign_line(collection, orjson.loads(line), rules, 0, bump_versions=False)[0]
 
 
 def forgotten_ms(collection: str, line: bytes) -> int:

@@ -102,6 +102,8 @@ class EngineMeasures:
         flushes: by reason, and whether it succeeded.
         flushed_bytes: written by them all.
         sessions_expired: because they were idle too long.
+        verified_at: when the data was verified last, seconds since 1970; None when it was not.
+        verify_findings: what that found, by severity.
     """
 
     def __init__(self) -> None:
@@ -114,6 +116,36 @@ class EngineMeasures:
         self.flushes: defaultdict[tuple[str, bool], int] = defaultdict(int)
         self.flushed_bytes = 0
         self.sessions_expired = 0
+        self.verified_at: float | None = None
+        self.verify_findings: dict[str, int] = {}
+
+
+class BackupFigures(msgspec.Struct, frozen=True):
+    """How the backups stand.
+
+    Attributes:
+        taken_ms: when the newest set was taken, also by an earlier process, ms since 1970; 0 when there is none.
+        proved_ms: when the newest proof was tried; 0 when none was.
+        is_proof_ok: everything was loaded from the newest set, or nobody has tried yet.
+        is_last_ok: the last backup of this process succeeded, or there was none.
+        failures: backups of this process that failed.
+        duration_s: what the last one took, with its proof.
+        sets: how many there are.
+        bytes: their files take, shared ones counted once.
+        history_bytes: the packed journal takes.
+        is_history_kept: not given up for want of room.
+    """
+
+    taken_ms: int = 0
+    proved_ms: int = 0
+    is_proof_ok: bool = True
+    is_last_ok: bool = True
+    failures: int = 0
+    duration_s: float = 0.0
+    sets: int = 0
+    bytes: int = 0
+    history_bytes: int = 0
+    is_history_kept: bool = True
 
 
 class Gauges(msgspec.Struct, frozen=True):

@@ -330,6 +330,49 @@ class MessageExpire(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=T
     tokens: int
 
 
+class OrderRestore(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="order.restore"):
+    """Put an order back as it was, byte for byte and without counting it anew. Only a restore asks for it.
+
+    Attributes:
+        value: the JSON object.
+        is_closed: it was completed or cancelled.
+        counted: its completion is in the sales figures.
+    """
+
+    value: bytes
+    is_closed: bool
+    counted: bool
+
+
+class OrderTake(RecordOp, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="order.take"):
+    """Store an order as it is in another place, which has counted it. Only an import asks for it.
+
+    Attributes:
+        value: with its status and times, which stay as they are.
+        is_closed: it is completed or cancelled.
+    """
+
+    value: dict[str, Any]
+    is_closed: bool
+
+
+class StatsTake(Op, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="stats.take"):
+    """Add sales figures that were counted in another place. Only an import asks for it.
+
+    Attributes:
+        days, totals: as in ``sales_stats.json``, money as exact numbers.
+        replaces: they are our own, edited: what they say counts.
+    """
+
+    days: list[dict[str, Any]]
+    totals: dict[str, Any]
+    replaces: bool = False
+
+
+OwnOp = MessageExpire | OrderRestore | OrderTake | StatsTake
+"""What only Holdfast itself asks for; the events are those of the other ops."""
+
+
 class Batch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of ``POST /v1/batch``: *ops* in order, all or nothing when *atomic*."""
 
@@ -416,7 +459,7 @@ class FlushReport(msgspec.Struct, frozen=True):
     """What a flush did.
 
     Attributes:
-        reason: interval, size, signal, api, shutdown, recovery.
+        reason: interval, size, signal, api, backup, shutdown, recovery.
         snapshot_seq: the files hold every event up to here.
         files: how many were rewritten.
         bytes: their size.
@@ -432,3 +475,92 @@ class FlushReport(msgspec.Struct, frozen=True):
     pruned: int
     duration_ms: float
     at: str
+
+
+class BackupReport(msgspec.Struct, frozen=True):
+    """What a backup did.
+
+    Attributes:
+        name: of the set, its directory in ``backups/``.
+        reason: daily, api, command, restore, import, migration, upgrade, mend.
+        seq: everything up to here is in it.
+        records: how many records and messages.
+        files: of the set.
+        bytes: they take, compressed.
+        new_bytes: of these, in files that no earlier set shares.
+        notes: what is not as it should be, in words: what could not be had, and so is not in it.
+        proved: whether everything was loaded from it and was right; None when that could not be tried.
+        problem: why it was not right, or could not be tried; empty when it was.
+        duration_ms: of all of it.
+        at: when it ended, ISO 8601.
+    """
+
+    name: str
+    reason: str
+    seq: int
+    records: int
+    files: int
+    bytes: int
+    new_bytes: int
+    notes: list[str]
+    proved: bool | None
+    problem: str
+    duration_ms: float
+    at: str
+
+
+class BackupInfo(msgspec.Struct, frozen=True):
+    """A backup set that is there.
+
+    Attributes:
+        name: its directory in ``backups/``.
+        at: when it was taken, ISO 8601; empty when it cannot be read.
+        reason, seq, records, bytes, new_bytes: as in ``BackupReport``.
+        encrypted: whether it is.
+        proved: whether everything was loaded from it, the last time that was tried; None when it never was.
+        proved_at: when, ISO 8601; empty when it never was.
+        problem: why it cannot be read, or was not right; empty otherwise.
+    """
+
+    name: str
+    at: str
+    reason: str
+    seq: int
+    records: int
+    bytes: int
+    new_bytes: int
+    encrypted: bool
+    proved: bool | None
+    proved_at: str
+    problem: str
+
+
+class HistoryInfo(msgspec.Struct, frozen=True):
+    """The history behind the backups, from which any moment can be restored.
+
+    Attributes:
+        since: of the oldest moment that can be restored, ISO 8601; empty when there is none.
+        first_seq, last_seq: of the events in closed parts; 0 when there are none.
+        parts: how many files.
+        bytes: they take, compressed.
+        problem: why it is not kept now; empty when it is.
+    """
+
+    since: str
+    first_seq: int
+    last_seq: int
+    parts: int
+    bytes: int
+    problem: str
+
+
+class BackupList(msgspec.Struct, frozen=True):
+    """What there is to go back to.
+
+    Attributes:
+        items: the sets, newest first.
+        history: what lies between and behind them.
+    """
+
+    items: list[BackupInfo]
+    history: HistoryInfo

@@ -31,12 +31,13 @@ class Filter(msgspec.Struct, frozen=True):
     """Which records of a list are wanted.
 
     Attributes:
-        since_ms: active (sessions) or changed (others) at or after this, ms since 1970.
+        since_ms, until_ms: active (sessions) or changed (others) at or after this, and before; ms since 1970.
         state: sessions with this ``currentState``, orders with this ``status``.
     """
 
     since_ms: int | None = None
     state: str | None = None
+    until_ms: int | None = None
 
 
 def page_of(
@@ -81,11 +82,11 @@ def page_of(
 
 
 def _matcher(name: str, wanted: Filter, rules: Rules) -> Callable[[bytes], bool] | None:
-    state, since_ms = wanted.state, wanted.since_ms
+    state, since_ms, until_ms = wanted.state, wanted.since_ms, wanted.until_ms
     state_field = _STATE_FIELD.get(name)
     if state is not None and state_field is None:
         raise BadRequest(f"{name} have no state to filter by; sessions and orders have")
-    if since_ms is None and state is None:
+    if since_ms is None and state is None and until_ms is None:
         return None
     # Most records are ruled out without being decoded.
     part = state.encode("utf-8", "replace") if state is not None and state.isalnum() else b""
@@ -93,10 +94,10 @@ def _matcher(name: str, wanted: Filter, rules: Rules) -> Callable[[bytes], bool]
     def matches(line: bytes) -> bool:
         if part not in line or (state is not None and orjson.loads(line).get(state_field) != state):
             return False
-        if since_ms is None:
+        if since_ms is None and until_ms is None:
             return True
         changed_ms = activity_ms(line, rules) if name == SESSIONS else record.header_of(line).at or 0
-        return changed_ms >= since_ms
+        return (since_ms is None or changed_ms >= since_ms) and (until_ms is None or changed_ms < until_ms)
 
     return matches
 

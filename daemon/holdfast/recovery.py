@@ -9,24 +9,27 @@ from __future__ import annotations
 import logging
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import structlog
 
 from holdfast.archive.place import DataDirectoryPlace
+from holdfast.care import swap, upgrade
+from holdfast.care.backup import back_up_before_upgrade
+from holdfast.care.candidates import Backed, Candidate, backed_up_messages
 from holdfast.care.legacy import import_old_files
 from holdfast.checksum import crc32
 from holdfast.clock import Clock, format_ms, parse_ms
 from holdfast.core.collection import Collection
-from holdfast.core.decide import decide_expiry
+from holdfast.core.decide import decide_expiry, due_ms
 from holdfast.core.event import decode_event
 from holdfast.core.rules import Rules
-from holdfast.core.sales import decode_sales, oldest_day
+from holdfast.core.sales import Sales, decode_sales, oldest_day
 from holdfast.core.state import BUILT_IN, EVENT_OPS, RETRIES, SESSIONS, USERS, State, apply, is_custom_name
 from holdfast.disk.files import Directory, DirectoryLock, prepare_directory
-from holdfast.disk.journal import Damage, History, Journal, read_history, segment_name
+from holdfast.disk.journal import SEGMENT_NAME, Damage, History, Journal, JournalLine, read_history, segment_name
 from holdfast.disk.snapshot import (
     MANIFEST,
     MANIFEST_NEXT,
@@ -40,7 +43,7 @@ from holdfast.disk.snapshot import (
 from holdfast.engine import Engine, rules_of
 from holdfast.errors import DataRefused, HoldfastError, Unavailable
 from holdfast.flush import SALES_FILE, Flusher, file_of
-from holdfast.load import Counts, load_foreign, load_trusted
+from holdfast.load import SCHEDULED, Counts, load_foreign, load_trusted, schedule_bookkeeping
 from holdfast.settings import Settings
 
 _OLD_USERS = "users"
@@ -54,6 +57,8 @@ def open_engine(
     cancelled: threading.Event | None = None,
     progress: Callable[[str], None] | None = None,
     log: Any = None,
+    drops_stale: bool = True,
+    migrations: Sequence[upgrade.Step] = upgrade.STEPS,
 ) -> Engine:
     """Take the data directory and bring its state into memory; blocks for as long as that takes.
 
@@ -63,6 +68,8 @@ def open_engine(
         cancelled: set it to give up; nothing is written then.
         progress: told in words how far it is.
         log: a structlog logger; without one, that of the program, or the standard logger ``holdfast``.
+        drops_stale: whether sessions and sales days that are too old by now go; a restore wants them as they were.
+        migrations: from older formats to the present one.
 
     Raises:
         DirectoryLocked: another process has it.
@@ -76,13 +83,23 @@ def open_engine(
     try:
         directory = Directory(data_dir)
         try:
+            log = log if log is not None else _library_log()
+            finish_restore(directory, log)
+            cancelled, progress = cancelled or threading.Event(), progress or (lambda text: None)
+            before = upgrade.bring_up(
+                settings, directory, log, progress=progress, cancelled=cancelled, steps=migrations
+            )
+            # A migration takes one of its own; what a restore has laid out comes from a backup.
+            if not before.steps and drops_stale:
+                back_up_before_upgrade(settings, before.written_by, log, progress, cancelled)
             recovery = _Recovery(
                 settings,
                 directory,
                 clock or Clock(),
-                cancelled or threading.Event(),
-                progress or (lambda text: None),
-                log if log is not None else _library_log(),
+                cancelled,
+                progress,
+                log,
+                drops_stale=drops_stale,
             )
             engine = recovery.run(lock)
         except BaseException:
@@ -98,6 +115,20 @@ def open_engine(
         engine.close(flush=False)
         raise
     return engine
+
+
+def _is_at_end(damage: Damage, history: History) -> bool:
+    """Whether nothing whole follows *damage*, so that nobody knows how many events it took."""
+    newest = max(history.segments)
+    return damage.segment == segment_name(newest) and damage.offset + damage.bytes >= history.segments[newest]
+
+
+def finish_restore(directory: Directory, log: Any) -> bool:
+    """Complete a restore that a crash broke off when it was decided already; whether there was one. Errors as ``swap.complete``."""
+    finished = swap.complete(directory)
+    if finished is not None:
+        log.warning("restore.completed", source=finished.source, seq=finished.seq, after_crash=True)
+    return finished is not None
 
 
 def _library_log() -> Any:
@@ -123,8 +154,11 @@ class _Recovery:
         cancelled: threading.Event,
         progress: Callable[[str], None],
         log: Any,
+        *,
+        drops_stale: bool,
     ) -> None:
         self._settings = settings
+        self._drops_stale = drops_stale
         self._directory = directory
         self._clock = clock
         self._cancelled = cancelled
@@ -136,7 +170,9 @@ class _Recovery:
         self._state = State(self._rules.session_ttl_ms)
         if settings.mirror:
             self._state.backlog.touched = {}
-        self._archive_place = DataDirectoryPlace(settings.data_dir, self._now_stamp)
+        self._archive_place = DataDirectoryPlace(
+            settings.data_dir, self._now_stamp, lambda: backed_up_messages(settings, self._state.conversations)
+        )
         self._replayed = self._dropped = 0
         self._manifest = Manifest()
         self._has_manifest = False
@@ -150,6 +186,9 @@ class _Recovery:
         # what is written from now on is an edit.
         self._written_at: dict[str, int] = {}
         self._damages: list[str] = []
+        # What was damaged and is whole again, out of a backup.
+        self._healed: list[str] = []
+        self._backed = Backed(settings)
         self._ignored: dict[str, str] = {}
         # What is done for each damaged file once it is certain that the start goes on.
         self._evidence: list[Callable[[Directory], None]] = []
@@ -160,7 +199,8 @@ class _Recovery:
         journal_directory = self._directory.subdirectory("journal")
         history = self._read_history(journal_directory)
         self._replayed = self._replay(history)
-        self._dropped = self._drop_stale()
+        if self._drops_stale:
+            self._dropped = self._drop_stale()
         self._check_cancelled()
         if self._damages and self._settings.recovery == "strict":
             raise DataRefused(
@@ -172,6 +212,8 @@ class _Recovery:
 
         # From here on the disk is changed.
         self._directory.remove_stale_temporaries()
+        swap.discard(self._directory)
+        swap.discard_scratch(self._directory)
         if self._moved:
             # Before the next flush replaces the manifest that knows them.
             self._manifest = msgspec.structs.replace(self._manifest, files=self._manifest.files | self._moved)
@@ -206,9 +248,11 @@ class _Recovery:
     def complete(self, engine: Engine) -> None:
         """Start what follows *engine*, and take over what an old bot left; errors as ``open_engine``."""
         engine.start_archive(self._archive_place)
+        engine.start_backups()
         if self._settings.mirror:
             trusted_seq = self._manifest.snapshot_seq
-            engine.start_mirror(trusted_seq=None if self._damages else trusted_seq, stamp=self._now_stamp)
+            is_sound = not self._damages and not self._healed
+            engine.start_mirror(trusted_seq=trusted_seq if is_sound else None, stamp=self._now_stamp)
         self._log.info(
             "state.loaded",
             sessions=self._state.sessions.count,
@@ -220,7 +264,10 @@ class _Recovery:
             replayed=self._replayed,
             duration_ms=round((self._clock.monotonic() - self._started) * 1000, 1),
         )
-        if self._damages:
+        if self._healed:
+            engine.care_notes["recovered"] = f"{'; '.join(self._healed)}; until the next backup is made"
+            engine.backups.completed += (lambda found: engine.care_notes.pop("recovered", None),)
+        if self._damages or self._healed:
             # So that the next start finds whole files, and a journal without holes.
             try:
                 engine.flush("recovery")
@@ -283,7 +330,8 @@ class _Recovery:
         if self._directory.stat(file) is None:
             if known is not None and known.records:
                 self._replaced.add(file)
-                self._lose(file, f"{file} is missing; it held {known.records} records", 0)
+                reason = f"{file} is missing; it held {known.records} records"
+                self._recover(file, Collection(name), 0, reason, known)
             return
         for entry in entries:
             collection = Collection(name)
@@ -320,7 +368,7 @@ class _Recovery:
                 return
             self._set_aside(file)
             self._replaced.add(file)
-            self._lose(file, f"{file} cannot be read: {error.strerror}", 0)
+            self._recover(file, Collection(name), 0, f"{file} cannot be read: {error.strerror}", known)
             return
         if not is_ours and not found.is_whole:
             self._ignore(file, name, found.reason)
@@ -334,23 +382,87 @@ class _Recovery:
             return
         self._counts.skipped_invalid += counts.skipped_invalid
         self._counts.merged += counts.merged
-        self._adopt(collection, 0)
         self._replaced.add(file)
         if not found.is_whole:
             self._quarantine_copy(self._directory, file, found.reason)
-            self._lose(file, f"{file} was damaged ({found.reason}): {counts.loaded} whole records saved", counts.loaded)
-        elif known is not None:
-            self._judge_change(file, known, counts.loaded)
-
-    def _judge_change(self, file: str, known: FileEntry, records: int) -> None:
-        """Tell an edit from damage: a readable *file* is not as we left it."""
-        found = self._directory.stat(file)
-        if found is not None and found.st_mtime_ns == known.mtime_ns:
-            # Nobody wrote it, yet it changed: the disk did.
+            reason = f"{file} was damaged ({found.reason}): {counts.loaded} whole records saved"
+            self._recover(file, collection, counts.loaded, reason, known)
+        elif known is not None and self._is_damage(file, known):
             self._quarantine_copy(self._directory, file, "content changed without being written")
-            self._lose(file, f"{file} changed on the disk without being written", records)
+            reason = f"{file} changed on the disk without being written"
+            self._recover(file, collection, counts.loaded, reason, known)
         else:
-            self._log.warning("snapshot.edited", file=file, records=records)
+            self._adopt(collection, 0)
+            if known is not None:
+                self._log.warning("snapshot.edited", file=file, records=counts.loaded)
+
+    def _is_damage(self, file: str, known: FileEntry) -> bool:
+        """Tell damage from an edit: a readable *file* is not as we left it. Nobody wrote it, yet it changed: the disk did."""
+        found = self._directory.stat(file)
+        return found is not None and found.st_mtime_ns == known.mtime_ns
+
+    def _recover(self, file: str, salvaged: Collection, saved: int, reason: str, known: FileEntry | None) -> None:
+        """Take of the damaged *file* what brings back most: what was *salvaged* of it, or what a backup has."""
+        source, records, best = ("salvage" if saved else "nothing"), saved, salvaged
+        if salvaged.name != RETRIES:
+            found = self._best(file, saved, known)
+            if found is not None and found.collection is not None:
+                best = self._scheduled(found.collection)
+                if found.is_exact:
+                    self._adopt(best, 0)
+                    self._heal(file, reason, found.source, best.count)
+                    return
+                # Of an older state: what could be saved is newer.
+                for id in salvaged:
+                    best.fill(id, salvaged.get(id) or b"")
+                source, records = (f"salvage, {found.source}" if saved else found.source), best.count
+        self._adopt(best, 0)
+        self._lose(file, reason, records, source)
+
+    def _best(self, file: str, saved: int, known: FileEntry | None) -> Candidate | None:
+        """The backup that brings back more of *file* than the *saved* records, all of it if there is one; else None."""
+        best: Candidate | None = None
+        for found in self._backed.candidates(file, self._base_seq()):
+            self._check_cancelled()
+            self._log.info(
+                "recovery.candidate_found",
+                file=file,
+                source=found.source,
+                at=found.at,
+                records=found.records,
+                is_exact=found.is_exact,
+                salvaged=saved,
+                lost_with_file=None if known is None else known.records,
+            )
+            if found.is_exact:
+                return found
+            if found.records > (saved if best is None else best.records):
+                best = found
+        return best
+
+    def _base_seq(self) -> int | None:
+        """Up to where the files were written: what the journal goes on from. None when nothing tells."""
+        if self._has_manifest:
+            return self._manifest.snapshot_seq
+        with self._directory.subdirectory("journal") as journal:
+            firsts = [int(match[1]) for name in journal.names() if (match := SEGMENT_NAME.fullmatch(name))]
+        return min(firsts) - 1 if firsts else None
+
+    def _scheduled(self, found: Collection) -> Collection:
+        """*found*, which was loaded for another state, with its records in the wheels of this one."""
+        for id in found:
+            line = found.get(id)
+            assert line is not None
+            if found.name == SESSIONS:
+                self._state.session_wheel.schedule(id, due_ms(line, self._rules))
+            elif found.name in SCHEDULED:
+                schedule_bookkeeping(self._state, found.name, id, line)
+        return found
+
+    def _heal(self, file: str, reason: str, source: str, records: int) -> None:
+        """Tell that the damaged *file* is back as it was."""
+        self._healed.append(f"{reason.partition(':')[0]}; all of it came back from {source}")
+        self._log.error("snapshot.damaged", file=file, recovered_from=source, records=records, reason=reason)
 
     def _load_user_files(self) -> None:
         """Load the profiles of an old bot, one file each in ``users/``, as long as there is no file of ours with all of them."""
@@ -378,21 +490,21 @@ class _Recovery:
         if self._directory.stat(SALES_FILE) is None:
             if SALES_FILE in self._manifest.files:
                 self._replaced.add(SALES_FILE)
-                self._lose(SALES_FILE, f"{SALES_FILE} is missing", 0)
+                self._recover_sales(f"{SALES_FILE} is missing")
             return
         try:
             raw = self._directory.read(SALES_FILE)
         except OSError as error:
             self._set_aside(SALES_FILE)
             self._replaced.add(SALES_FILE)
-            self._lose(SALES_FILE, f"{SALES_FILE} cannot be read: {error.strerror}", 0)
+            self._recover_sales(f"{SALES_FILE} cannot be read: {error.strerror}")
             return
         try:
             sales = decode_sales(raw.removeprefix(b"\xef\xbb\xbf"))
         except (ValueError, msgspec.DecodeError) as error:
             self._quarantine_copy(self._directory, SALES_FILE, str(error))
-            self._lose(SALES_FILE, f"{SALES_FILE} was damaged: {error}", 0)
             self._replaced.add(SALES_FILE)
+            self._recover_sales(f"{SALES_FILE} was damaged: {error}")
             return
         known = self._manifest.files.get(SALES_FILE)
         ours = [entry for entry in self._entries_of(SALES_FILE) if entry.crc32 == f"{crc32(raw):08x}"]
@@ -400,9 +512,30 @@ class _Recovery:
             self._moved[SALES_FILE] = ours[0]
         elif known is not None and not ours:
             self._replaced.add(SALES_FILE)
-            self._judge_change(SALES_FILE, known, len(sales.days))
+            if self._is_damage(SALES_FILE, known):
+                self._quarantine_copy(self._directory, SALES_FILE, "content changed without being written")
+                self._recover_sales(f"{SALES_FILE} changed on the disk without being written", sales)
+                return
+            self._log.warning("snapshot.edited", file=SALES_FILE, records=len(sales.days))
+        self._adopt_sales(sales)
+
+    def _recover_sales(self, reason: str, sales: Sales | None = None) -> None:
+        """Take the figures of a backup in the place of the damaged *sales*, which are None when there are none at all."""
+        found = self._best(SALES_FILE, 0 if sales is None else len(sales.days), self._manifest.files.get(SALES_FILE))
+        if found is not None and found.sales is not None:
+            self._adopt_sales(found.sales)
+            if found.is_exact:
+                self._heal(SALES_FILE, reason, found.source, found.records)
+                return
+            self._lose(SALES_FILE, reason, found.records, found.source)
+            return
+        if sales is not None:
+            self._adopt_sales(sales)
+        self._lose(SALES_FILE, reason, 0 if sales is None else len(sales.days))
+
+    def _adopt_sales(self, sales: Sales) -> None:
         oldest = oldest_day(self._now_ms, self._rules.zone, self._rules.keep_days)
-        kept = sales.replaced(None, None, oldest)
+        kept = sales.replaced(None, None, oldest) if self._drops_stale else sales
         if len(kept.days) != len(sales.days):
             self._replaced.add(SALES_FILE)
         self._state.set_sales(kept, 0, undoable=False)
@@ -428,14 +561,51 @@ class _Recovery:
         if not self._has_manifest and history.gaps and history.gaps[0][0] == 1:
             # Without a manifest nobody knows what the files hold; only holes inside the journal can be told.
             history = history._replace(gaps=history.gaps[1:])
+        history, missing = self._filled(history)
         for damage in history.damages:
-            self._note_journal_damage(journal_directory, damage)
-        for first, last in history.gaps:
+            is_healed = bool(history.gaps) and not missing and not _is_at_end(damage, history)
+            self._note_journal_damage(journal_directory, damage, is_healed=is_healed)
+        for first, last in missing:
             self._damages.append(f"events {first} to {last} are missing from the journal")
             self._log.error(
                 "journal.damaged", segment="", offset=0, bytes=0, reason=f"events {first} to {last} missing"
             )
         return history
+
+    def _filled(self, history: History) -> tuple[History, list[tuple[int, int]]]:
+        """*history* with the missing events that stand elsewhere, and the stretches of those that stand nowhere."""
+        if not history.segments and self._manifest.snapshot_seq:
+            # What the history has beyond the snapshots; whether that is all nobody knows.
+            after = self._manifest.snapshot_seq
+            last = max((part.last_seq for part in self._backed.history.parts()), default=0)
+            found = self._backed.events([(after + 1, last)]) if last > after else {}
+            return history._replace(lines=[JournalLine(seq, found[seq]) for seq in sorted(found)]), []
+        if not history.gaps:
+            return history, []
+        found = self._backed.events(history.gaps)
+        missing: list[tuple[int, int]] = []
+        for first, last in history.gaps:
+            for seq in range(first, last + 1):
+                if seq in found:
+                    continue
+                if missing and missing[-1][1] == seq - 1:
+                    missing[-1] = (missing[-1][0], seq)
+                else:
+                    missing.append((seq, seq))
+            got = sum(first <= seq <= last for seq in found)
+            self._log.info(
+                "recovery.candidate_found",
+                file=f"journal/{segment_name(first)}",
+                source="history",
+                records=got,
+                is_exact=got == last - first + 1,
+            )
+            if got == last - first + 1:
+                self._healed.append(
+                    f"events {first} to {last} were missing from the journal; all came back from the history"
+                )
+        lines = sorted([*history.lines, *(JournalLine(seq, payload) for seq, payload in found.items())])
+        return history._replace(lines=lines), missing
 
     def _replay(self, history: History) -> int:
         snapshot_seq = self._manifest.snapshot_seq
@@ -546,18 +716,21 @@ class _Recovery:
         report = {"file": name, "reason": reason, "at": format_ms(self._now_ms)}
         quarantine.write_atomic(f"{self._stamp()}-{name}.report.json", [msgspec.json.encode(report) + b"\n"])
 
-    def _note_journal_damage(self, directory: Directory, damage: Damage) -> None:
+    def _note_journal_damage(self, directory: Directory, damage: Damage, *, is_healed: bool) -> None:
         self._log.error("journal.damaged", **damage._asdict())
-        self._damages.append(f"{damage.segment} is damaged at byte {damage.offset}: {damage.reason}")
+        told = self._healed if is_healed else self._damages
+        told.append(f"{damage.segment} is damaged at byte {damage.offset}: {damage.reason}")
         self._quarantine_copy(directory, damage.segment, f"byte {damage.offset}: {damage.reason}")
 
     def _note_damage(self, file: str, reason: str, recovered_from: str) -> None:
         self._damages.append(reason)
         self._log.error("snapshot.damaged", file=file, recovered_from=recovered_from, reason=reason)
 
-    def _lose(self, file: str, reason: str, saved: int) -> None:
-        self._damages.append(reason)
-        recovered_from = "salvage" if saved else "nothing"
+    def _lose(self, file: str, reason: str, saved: int, source: str = "") -> None:
+        recovered_from = source or ("salvage" if saved else "nothing")
+        self._damages.append(
+            reason if recovered_from in ("salvage", "nothing") else f"{reason}; {recovered_from} is used"
+        )
         self._log.error("snapshot.damaged", file=file, recovered_from=recovered_from, records=saved, reason=reason)
 
     def _ignore(self, file: str, name: str, reason: str) -> None:

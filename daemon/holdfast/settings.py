@@ -34,6 +34,15 @@ SYSTEM_CONFIG = Path("/etc/holdfast/holdfast.toml")
 LOCAL_CONFIG = "holdfast.toml"
 ENVIRONMENT_PREFIX = "HOLDFAST_"
 
+SECRET_WORDS = ("IDENTITY", "SECRET", "ACCESS_KEY", "PASSWORD")
+"""In the name of a variable that is no setting: somebody means to hand over a key."""
+
+SECRET_KEY_PREFIX = "AGE-SECRET-KEY-"
+"""How a secret key of age begins; upper case, as age-keygen writes it."""
+
+RECIPIENT_PREFIXES = ("age1", "ssh-ed25519 ", "ssh-rsa ")
+"""How a recipient begins that is written out; anything else is the path of a file of them."""
+
 ENVIRONMENT_OF_OTHERS = frozenset({"HOLDFAST_TOKEN", "HOLDFAST_CRASH"})
 """Variables with our prefix that are no settings: of the client commands, of the test suite."""
 
@@ -308,6 +317,73 @@ class Directory(Kind, frozen=True):
         return Path(raw).expanduser()
 
 
+class KeyFile(Kind, frozen=True):
+    """Where a secret is kept, never the secret: a path, or the name of a systemd credential; empty for none."""
+
+    def check(self, raw: object) -> str:
+        if isinstance(raw, str) and raw.lstrip().upper().startswith((SECRET_KEY_PREFIX, "-----BEGIN")):
+            # What was found is not shown: this goes to a log.
+            raise ValueError(
+                "expected the path of a file with the key, found a key itself; put it into a file of mode 0600 and name that"
+            )
+        if not isinstance(raw, str) or not raw.isprintable() or "\0" in raw:
+            raise ValueError(f"expected the path of a file, or the name of a systemd credential, found {_shown(raw)}")
+        return raw
+
+
+class Recipients(Kind, frozen=True):
+    """For whom to encrypt: recipients of age, or files of them; none or more."""
+
+    def from_text(self, text: str) -> object:
+        return [part.strip() for part in text.split(",") if part.strip()]
+
+    def check(self, raw: object) -> tuple[str, ...]:
+        named = [raw] if isinstance(raw, str) else raw
+        if SECRET_KEY_PREFIX in str(raw).upper():
+            raise ValueError(
+                "expected recipients (age1…), found a secret key; age-keygen -y KEYFILE prints its recipient"
+            )
+        if not isinstance(named, list) or not all(isinstance(one, str) and one.isprintable() and one for one in named):
+            raise ValueError(
+                f"expected recipients (age1…, ssh-ed25519 …) or the path of a file of them, found {_shown(raw)}"
+            )
+        return tuple(named)
+
+    def write(self, value: Any) -> str:
+        return f"[{', '.join(map(_quoted, value))}]"
+
+
+class CopyPlace(Kind, frozen=True):
+    """A second place for backups: a directory by its absolute path, or ``s3://BUCKET/PREFIX``; empty for none."""
+
+    def check(self, raw: object) -> str:
+        if isinstance(raw, str) and (
+            raw == ""
+            or (raw.startswith("/") and raw.isprintable())
+            or re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,62}(/[A-Za-z0-9!_.*'()/-]*)?", raw)
+        ):
+            return raw
+        raise ValueError(f"expected an absolute path or s3://BUCKET/PREFIX, found {_shown(raw)}")
+
+
+class Endpoint(Kind, frozen=True):
+    """The address of an S3-compatible server; empty for that of the region."""
+
+    def check(self, raw: object) -> str:
+        if isinstance(raw, str) and (raw == "" or re.fullmatch(r"https?://[^\s/@?#]+/?", raw)):
+            return raw.rstrip("/")
+        raise ValueError(f"expected https://HOST or http://HOST:PORT without a path, found {_shown(raw)}")
+
+
+class Word(Kind, frozen=True):
+    """A short name without spaces."""
+
+    def check(self, raw: object) -> str:
+        if isinstance(raw, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", raw):
+            return raw
+        raise ValueError(f"expected a name of letters, digits, dots and dashes, found {_shown(raw)}")
+
+
 class Addresses(Kind, frozen=True):
     """Where to listen: one or more."""
 
@@ -408,22 +484,89 @@ class RetentionSettings(msgspec.Struct, frozen=True, kw_only=True):
 class BackupSettings(msgspec.Struct, frozen=True, kw_only=True):
     """``[backups]``"""
 
-    every: Annotated[float, Span("Not used by this version: time between two backups.", low=MINUTE, high=365 * DAY)] = (
-        DAY
-    )
+    every: Annotated[
+        float,
+        Span(
+            "Time between two backups; what did not change since the one before costs no room.",
+            low=MINUTE,
+            high=365 * DAY,
+        ),
+    ] = DAY
     keep: Annotated[
         int,
         Count(
-            "Copies kept of files as they were before a start left records out; more reach further back.",
+            "Newest backups kept, and copies of files as they were before a start left records out; more reach further back.",
             low=1,
             high=10_000,
         ),
     ] = 10
+    keep_daily: Annotated[
+        int,
+        Count("Days, the last ones with a backup, of each of which the newest is kept as well.", low=0, high=10_000),
+    ] = 7
+    keep_weekly: Annotated[
+        int,
+        Count("Weeks, the last ones with a backup, of each of which the newest is kept as well.", low=0, high=10_000),
+    ] = 4
+    keep_monthly: Annotated[
+        int,
+        Count("Months, the last ones with a backup, of each of which the newest is kept as well.", low=0, high=10_000),
+    ] = 0
+    pitr: Annotated[
+        float,
+        Span(
+            "How far back any moment can be restored; keeps the journal, compressed, behind a backup that old; 0 keeps none.",
+            low=0,
+            high=365 * DAY,
+        ),
+    ] = 7 * DAY
+    recipients: Annotated[
+        tuple[str, ...],
+        Recipients(
+            "Encrypt backups and exports for these age recipients (age1…, ssh-ed25519 …), or for those in files of them; "
+            "without an identity nobody here can read them again."
+        ),
+    ] = ()
+    identity_file: Annotated[
+        str,
+        KeyFile(
+            "File with the age key that opens them, or a systemd credential by its name; without it a backup is proved by "
+            "its checksums only."
+        ),
+    ] = ""
+    copy_to: Annotated[
+        str,
+        CopyPlace(
+            "Copy each backup to this directory (another disk), or to s3://BUCKET/PREFIX; one place for each daemon."
+        ),
+    ] = ""
+    copy_keep: Annotated[
+        int, Count("Backups kept in the second place; more reach further back.", low=1, high=10_000)
+    ] = 30
+    s3_endpoint: Annotated[
+        str, Endpoint("Address of an S3-compatible server; empty for that of Amazon in s3_region.")
+    ] = ""
+    s3_region: Annotated[str, Word("Region of the bucket, as its server names it.")] = "us-east-1"
+    s3_credentials_file: Annotated[
+        str,
+        KeyFile(
+            "File with aws_access_key_id and aws_secret_access_key, as that of the AWS tools, or a systemd credential by "
+            "its name."
+        ),
+    ] = ""
 
 
 class LimitSettings(msgspec.Struct, frozen=True, kw_only=True):
     """``[limits]``"""
 
+    disk_free: Annotated[
+        int,
+        Size(
+            "Less room than this on the disk, or than a twentieth of it where that is less, is reported as degraded; 0 never.",
+            low=0,
+            high=TIB,
+        ),
+    ] = GIB
     header_bytes: Annotated[int, Size("Longer request headers are refused with 431.", low=KIB, high=MIB)] = 16 * KIB
     body_bytes: Annotated[
         int, Size("A longer request body is refused with too_large; each may be held in memory.", low=KIB, high=GIB)
@@ -679,6 +822,12 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, object,
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable in ENVIRONMENT_OF_OTHERS:
             continue
         if variable not in names:
+            if any(word in variable for word in SECRET_WORDS):
+                raise SettingsError(
+                    f"{variable}: keys are not taken from the environment, which other programs can read; put the key into "
+                    "a file of mode 0600, or a systemd credential, and name it by backups.identity_file or "
+                    "backups.s3_credentials_file"
+                )
             raise SettingsError(f"{variable}: no setting has this variable{_nearest(variable, tuple(names))}")
         setting = names[variable]
         yield setting.name, setting.kind.from_text(environ[variable]), variable

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from holdfast.care.verify import verify
 from holdfast.disk.tail import Tail, oldest_seq
 from holdfast.engine import Engine
 from holdfast.errors import Gone
@@ -101,9 +102,10 @@ def complaints(data_dir: Path, ledgers: Iterable[Ledger], log: Recorder | None =
     engine = reopened(data_dir, log)
     try:
         wrong = differences(ledgers, found_in(engine))
-        return wrong + [f"degraded: {reason}" for reason in engine.degraded] + surprises(log) + holes_in(engine)
+        wrong += [f"degraded: {reason}" for reason in engine.degraded] + surprises(log) + holes_in(engine)
     finally:
         engine.close()
+    return wrong + [f"verify: {finding}" for finding in verify(data_dir, engine.settings).wrong]
 
 
 def holes_in(engine: Engine) -> list[str]:

@@ -23,6 +23,7 @@ from holdfast.archive import follower
 from holdfast.archive.base import Archive, ArchiveDamaged
 from holdfast.engine import Engine
 from holdfast.errors import HoldfastError, JournalBroken, StorageFull, Unavailable
+from holdfast.settings import BackupSettings
 from tests.crash.harness import Recorder, do, reopened
 from tests.crash.oracle import CONVERSATIONS, Change, Ledger
 
@@ -99,7 +100,7 @@ def main() -> int:
 
 
 def opened(data_dir: Path) -> Engine:
-    return reopened(data_dir, Complaints(), journal_keep=JOURNAL_KEEP)
+    return reopened(data_dir, Complaints(), journal_keep=JOURNAL_KEEP, backups=BackupSettings(pitr=0))
 
 
 def is_about_conversations(change: Change) -> bool:

@@ -19,6 +19,7 @@ from holdfast.archive.base import Archive, ArchiveDamaged
 from holdfast.archive.place import ARCHIVE
 from holdfast.archive.sqlite_file import PAGE_BYTES
 from holdfast.engine import Engine
+from holdfast.settings import BackupSettings
 from tests.crash.harness import FULL, SEED, Load, Recorder, complaints, do, reopened, report, serving, spread
 from tests.crash.oracle import CONVERSATIONS, MESSAGES, Ledger, differences, found_in
 
@@ -30,6 +31,9 @@ CUTS = 200 if FULL else 6
 """At least; the archive itself is cut in the middle of each page as well: what is missing then may be in its log."""
 FLIPS = 600 if FULL else 10
 KILLS = 60 if FULL else 4
+
+BARE: dict[str, Any] = {"journal_keep": 0, "backups": BackupSettings(pitr=0)}
+"""Settings with which nothing is kept behind a flush; what backups bring back is a test of its own."""
 
 Spoil = Callable[[Path], object]
 
@@ -64,7 +68,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Lived:
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Lived:
     """One whose journal holds nothing that a flush has put elsewhere."""
-    return _lived(tmp_path_factory.mktemp("bare"), journal_keep=0)
+    return _lived(tmp_path_factory.mktemp("bare"), **BARE)
 
 
 def _lived(base: Path, **settings: Any) -> Lived:
@@ -199,7 +203,7 @@ def test_what_is_lost_is_told(bare: Lived, tmp_path: Path, capsys: pytest.Captur
     for name, spoil in ways:
         data_dir = bare.copy(tmp_path / "data", spoil)
         log = Recorder()
-        engine = reopened(data_dir, log, journal_keep=0)
+        engine = reopened(data_dir, log, **BARE)
         try:
             missing, wrong = _missing(engine, bare.ledgers, in_journal)
             wrong += differences(bare.ledgers, found_in(engine, with_messages=False))
@@ -215,7 +219,7 @@ def test_what_is_lost_is_told(bare: Lived, tmp_path: Path, capsys: pytest.Captur
         wrong += _unsound(data_dir)
         lost, losses = lost + missing, losses + bool(missing)
         again = Recorder()
-        engine = reopened(data_dir, again, journal_keep=0)
+        engine = reopened(data_dir, again, **BARE)
         try:
             if _missing(engine, bare.ledgers, in_journal)[0] != missing:
                 wrong.append("a second start has other messages")

@@ -122,7 +122,7 @@ def test_killed_at_every_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     written(tmp_path / "whole")
     code, calls = in_child(lambda: started_and_stopped(tmp_path / "whole"), die_at=0)
     assert code == 0 and calls > 50
-    places = range(1, calls + 1, 1 if FULL else calls // 25)
+    places = range(1, calls + 1, 1 if FULL else calls // 13)
 
     killed = 0
     for place in places:

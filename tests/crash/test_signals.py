@@ -30,7 +30,7 @@ def test_stopped_while_loading(tmp_path: Path, capsys: pytest.CaptureFixture[str
         loads_s = served.ready_s - served.started_s
         served.kill()
     before = contents(data_dir)
-    moments = [index / 10 for index in (range(1, 10) if FULL else (2, 5, 8))]
+    moments = [index / 10 for index in (range(1, 10) if FULL else (2, 7))]
     slowest_s, stopped_early = 0.0, 0
 
     for moment in moments:

@@ -201,7 +201,10 @@ def test_every_prefix_of_what_was_written(tmp_path: Path, capsys: pytest.Capture
         torn = disk.do(call)
         if torn is None or (not FULL and call.name == "pwrite64" and number % ARCHIVE_EVERY):
             continue
-        for kind, state in disk.states(torn):
+        for index, (kind, state) in enumerate(disk.states(torn)):
+            # Otherwise every third kind, after the next call others; they differ by little from call to call.
+            if not FULL and (number + index) % 3:
+                continue
             key = hash((acknowledged, tuple(sorted(state.items()))))
             if key in seen:
                 continue

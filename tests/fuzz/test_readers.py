@@ -141,7 +141,7 @@ def test_a_start(name: str, spoil: st.SearchStrategy[bytes], tmp_path: Path) -> 
     count = [0]
 
     @seed(SEED)
-    @settings(fuzzed, max_examples=2_000 if FULL else 25)
+    @settings(fuzzed, max_examples=2_000 if FULL else 15)
     @given(raw=spoil)
     def start(raw: bytes) -> None:
         count[0] += 1

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.crash
 
 WATCHDOG_S = 30 if FULL else 3
 CLIENTS = 8
-SHORT_CONNECTIONS = 10_000
+SHORT_CONNECTIONS = 10_000 if FULL else 5_000
 RESTARTS = 9 if FULL else 5
 """One start and as many restarts as StartLimitBurst=10 of the unit allows."""
 

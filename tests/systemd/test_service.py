@@ -14,7 +14,7 @@ from tests.crash.harness import report
 from tests.systemd.conftest import MakeService
 from tests.systemd.lab import VENV, Lab, Service, wait_for
 
-JOURNAL_SESSIONS = 200_000
+JOURNAL_SESSIONS = 120_000
 """How many a journal holds that takes a while to replay."""
 
 
@@ -83,6 +83,19 @@ def test_reload_tells_the_truth(main_service: Service, lab: Lab) -> None:
     assert accepted.returncode == 0
     # flush_every was never 60 s.
     assert main_service.event("config.reloaded")["changed"] == ["shutdown_timeout"]
+
+
+def test_a_backup_is_proved_inside_the_sandbox(main_service: Service, lab: Lab) -> None:
+    """The unit leaves what it takes: another process, of low priority, with room to unpack the archive."""
+    lab.systemctl("start", main_service.unit)
+    put(main_service, "57300", currentState="catalog")
+    command = [VENV / "bin/holdfast", "backup", "--json", "--data-dir", main_service.inside_data_dir]
+
+    made = json.loads(lab.exec(*command, user="holdfast").stdout)
+
+    assert made["proved"] is True and made["reason"] == "command", made
+    assert main_service.event("backup.proved")["backup"] == made["name"]
+    lab.systemctl("stop", main_service.unit)
 
 
 def test_signals_by_systemctl(service: Service) -> None:

@@ -9,7 +9,8 @@ all of them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -120,7 +121,7 @@ class Expirable(NamedTuple):
         head: the conversation as the archive knows it.
         up_to: the highest number among them.
         messages, system, tokens: how many they are, how many of them of the system, and the sum of their tokens.
-        bytes: of their content and metadata.
+        bytes: of their content and metadata, before any condensing.
     """
 
     head: Head
@@ -157,6 +158,21 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     messages_last_30_days: int
     tokens: int
     bytes: int
+
+
+class Condensed(NamedTuple):
+    """What one step of condensing came to.
+
+    Attributes:
+        messages: that take less room now.
+        bytes_before, bytes_after: of their content and metadata.
+        after: the conversation to go on behind; None when there is nothing more to do.
+    """
+
+    messages: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    after: str | None = None
 
 
 class ArchiveError(Exception):
@@ -264,11 +280,39 @@ class Archive(ABC):
     def expirable(self, before_ms: int, limit: int, after: str = "") -> list[Expirable]:
         """Of up to *limit* conversations, by id from behind *after* on, the messages created before *before_ms*."""
 
+    @abstractmethod
+    def condense(self, after: str = "") -> Condensed:
+        """Store some messages of archived conversations in less room, where this archive can, by id from behind *after* on.
+
+        What is read is as before. A step takes some milliseconds and is one transaction, so that it can be broken off
+        behind any of them, and begun anew: what is done already is passed over.
+        """
+
+    @abstractmethod
+    def compacted(self, path: Path, is_busy: Callable[[], bool]) -> bool:
+        """Write the archive without what is free in it to the new file *path*, as of one moment; False where that has no
+        meaning. Others read and write meanwhile. The file is durable; it has still to be put in the archive's place.
+
+        *is_busy* is asked now and then whether others used the disk since; what it raises breaks it off.
+        """
+
     # Care.
 
     @abstractmethod
     def check(self) -> list[str]:
         """Look through everything; what is wrong, in words; empty when nothing is. May take seconds."""
+
+    @abstractmethod
+    def copy_to(self, path: Path, is_busy: Callable[[], bool]) -> int:
+        """Write a consistent copy to the file *path*, which must not exist; the seq at which the copy stands.
+
+        In steps, between which events are applied and brought to the disk as usual; what comes meanwhile may be in it. The
+        copy is not durable. *is_busy* is asked between the steps whether others have used the disk since it was asked
+        last, and what it raises breaks the copying off.
+
+        Raises:
+            StorageFull: no room for the copy.
+        """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

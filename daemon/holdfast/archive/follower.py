@@ -75,6 +75,15 @@ class Place(Protocol):
     def adopt(self, archive: Archive) -> Archive:
         """Put the archive that ``begin`` gave in the place of the one that is there, which is kept as evidence."""
 
+    def begin_compacted(self) -> Path:
+        """Where a compacted copy of the archive is to be written; nothing is there."""
+
+    def adopt_compacted(self) -> Archive:
+        """Put that copy in the place of the archive, which is closed with nothing left in its log; it is gone then."""
+
+    def discard_compacted(self) -> None:
+        """Remove that copy, if there is one."""
+
 
 class Source(NamedTuple):
     """Where the follower takes from: the writer's side of it.
@@ -128,6 +137,7 @@ class Follower:
         # Tries to write it that failed.
         self._failures = 0
         self._rebuilt: _Rebuilt | None = None
+        self._swap: _Swap | None = None
         try:
             self._open()
         except (ArchiveError, OSError) as error:
@@ -220,6 +230,35 @@ class Follower:
             )
         return self.durable_seq >= seq
 
+    def compact(self, is_busy: Callable[[], bool]) -> None:
+        """Write the archive anew without what is free in it, and go on with that; blocks, while others read and write.
+
+        The journal must keep what is not durable in the archive when this is called, until it returns. *is_busy* tells
+        whether others used the disk since it was asked last; what it raises breaks the writing off.
+
+        Raises:
+            Unavailable: it could not be done now; the archive is as it was.
+        """
+        archive = self.archive()
+        try:
+            if not archive.compacted(self._place.begin_compacted(), is_busy):
+                return
+            with self._changed:
+                if self._is_closing or self.present is not archive:
+                    raise Unavailable("the archive was closed, or made anew, while it was compacted; try again")
+                swap = self._swap = _Swap()
+                self._hurry.set()
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: swap.is_done or self._is_closing)
+            if swap.failure or not swap.is_done:
+                raise Unavailable(f"the archive was not compacted: {swap.failure or 'closed'}; try again")
+        except (ArchiveError, ArchiveDamaged) as error:
+            raise Unavailable(f"the archive cannot be compacted: {error}") from error
+        finally:
+            # Not when it has the archive's name already: then nothing is there.
+            with suppress(OSError):
+                self._place.discard_compacted()
+
     def report_damage(self, error: ArchiveDamaged) -> None:
         """A reader found that the archive cannot be read: have it made anew."""
         with self._changed:
@@ -254,6 +293,7 @@ class Follower:
             self._is_closing
             or self._archive is None
             or self._damage is not None
+            or self._swap is not None
             or self._has_events()
             or self._wanted_durable_seq > self.durable_seq
         )
@@ -291,6 +331,8 @@ class Follower:
                     self._open()
                 elif self._damage is not None:
                     self._begin_anew(self._damage)
+                elif self._swap is not None and not is_closing:
+                    self._put_compacted(self._swap)
                 else:
                     self._step()
             except ArchiveDamaged as error:
@@ -310,6 +352,10 @@ class Follower:
                 self._log.exception("archive.failed", reason=reason)
             self._note_failure(reason)
             with self._changed:
+                if self._swap is not None and (reason is not None or self._damage is not None):
+                    # What stands in its way is dealt with first; whoever asked may ask again.
+                    self._swap.end(reason or self._damage or "")
+                    self._swap = None
                 self._changed.notify_all()
                 if is_closing or (reason is not None and self._changed.wait_for(lambda: self._is_closing, RETRY_S)):
                     return
@@ -336,6 +382,25 @@ class Follower:
             archive.checkpoint()
             # Whoever wants more than there is waits for its own time to pass, and not here in a circle.
             self._wanted_durable_seq = 0
+
+    def _put_compacted(self, swap: _Swap) -> None:
+        """Go on with the compacted copy of the archive, which is a little behind: the journal has the rest."""
+        archive = self._archive
+        assert archive is not None
+        seq = archive.archived_seq
+        # While it is closed and opened again nobody can read it; those who try wait for us.
+        self._archive = None
+        archive.close()
+        try:
+            if archive.durable_seq < seq:
+                swap.failure = "not all of it could be brought to the disk"
+            else:
+                self._archive = self._place.adopt_compacted()
+        finally:
+            self._swap = None
+            swap.is_done = True
+            if self._archive is None:
+                self._open()
 
     def _read_journal(self, archive: Archive, up_to: int) -> None:
         for position, events in self._journal_after(archive.archived_seq, up_to):
@@ -387,8 +452,9 @@ class Follower:
             last_numbers = {head.id: orjson.loads(head.value)["last_number"] for head in heads}
             archive.fill(heads, source.escalations())
             salvaged = 0
-            first_numbers = self._first_numbers(synced_seq) if damage else {}
-            for id, messages in self._saved(heads) if damage else ():
+            # Also where there was none: it may have been removed, and then backups have it.
+            first_numbers = self._first_numbers(synced_seq)
+            for id, messages in self._saved(heads):
                 if self._is_closing:
                     raise ArchiveError("closed while the archive was made anew")
                 # What has a higher number was never acknowledged, or its event is lost; the number is given again. What
@@ -449,6 +515,23 @@ class Follower:
             self._log.info("archive.resumed")
         self.failure = reason
         self._failures += reason is not None
+
+
+class _Swap:
+    """A compacted copy that is to take the archive's place.
+
+    Attributes:
+        is_done: it did, or could not.
+        failure: why it could not; empty when it did.
+    """
+
+    def __init__(self) -> None:
+        self.is_done = False
+        self.failure = ""
+
+    def end(self, failure: str) -> None:
+        """It could not."""
+        self.failure, self.is_done = failure, True
 
 
 class _Rebuilt(NamedTuple):

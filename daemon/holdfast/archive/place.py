@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,16 +21,23 @@ ARCHIVE = "archive.db"
 REBUILT = "archive.rebuild.db"
 """A new one under way; worth nothing until it has the other name."""
 
+Older = Callable[[], Iterable[tuple[str, list[StoredMessage]]]]
+"""Gives some messages of one conversation at a time, out of backups."""
+
+COMPACTED = "archive.compact.db"
+"""A copy of the archive without what is free in it; worth nothing until it has the other name."""
+
 _COMPANIONS = ("-wal", "-shm", "-journal")
 
 
 class DataDirectoryPlace:
     """The place of ``archive.db`` in a data directory; damaged ones go to ``quarantine/``."""
 
-    def __init__(self, data_dir: Path, stamp: Callable[[], str]) -> None:
-        """In *data_dir*; *stamp* gives the time that the names in ``quarantine/`` begin with."""
+    def __init__(self, data_dir: Path, stamp: Callable[[], str], older: Older = lambda: ()) -> None:
+        """In *data_dir*; *stamp* gives the time that the names in ``quarantine/`` begin with, *older* what backups have."""
         self._data_dir = data_dir.absolute()
         self._stamp = stamp
+        self._older = older
 
     def check(self) -> None:
         """Look at the archive without touching it.
@@ -54,6 +61,7 @@ class DataDirectoryPlace:
         path = self._data_dir / ARCHIVE
         with Directory(self._data_dir) as directory:
             self._remove(directory, REBUILT)
+            self._remove(directory, COMPACTED)
             if directory.stat(ARCHIVE) is None:
                 return None
         return open_sqlite(path)
@@ -73,6 +81,8 @@ class DataDirectoryPlace:
         path = self._data_dir / ARCHIVE
         if path.is_file():
             yield from salvage(path)
+        # Of a message that both have the first one counts.
+        yield from self._older()
 
     def adopt(self, archive: Archive) -> Archive:
         """As ``Place.adopt``."""
@@ -91,6 +101,26 @@ class DataDirectoryPlace:
         if opened is None:
             raise ArchiveError(f"{self._data_dir / ARCHIVE} vanished while it was made anew")
         return opened
+
+    def begin_compacted(self) -> Path:
+        """As ``Place.begin_compacted``."""
+        self.discard_compacted()
+        return self._data_dir / COMPACTED
+
+    def discard_compacted(self) -> None:
+        """As ``Place.discard_compacted``."""
+        with Directory(self._data_dir) as directory:
+            self._remove(directory, COMPACTED)
+
+    def adopt_compacted(self) -> Archive:
+        """As ``Place.adopt_compacted``."""
+        with Directory(self._data_dir) as directory:
+            # Before the rename, and durably: a log of the old file must not be taken for one of the new.
+            self._remove_companions(directory, ARCHIVE)
+            directory.sync()
+            directory.rename(COMPACTED, ARCHIVE)
+            directory.sync()
+        return open_sqlite(self._data_dir / ARCHIVE)
 
     def _keep_evidence(self, directory: Directory) -> None:
         stamp = self._stamp()

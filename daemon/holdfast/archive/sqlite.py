@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from holdfast.archive.base import (
     ARCHIVED_OPS,
@@ -17,6 +19,7 @@ from holdfast.archive.base import (
     ArchiveDamaged,
     ArchiveError,
     ArchiveGone,
+    Condensed,
     ConversationQuery,
     Escalation,
     EscalationQuery,
@@ -31,17 +34,35 @@ from holdfast.archive.sqlite_file import (
     SQLITE_ERRORS,
     WAL_BYTES_MAX,
     connect,
+    connect_copy,
     connect_writer,
     is_failed_sync,
+    make_durable,
     our_error,
     prepare,
     reserve_log,
+    totals_of,
+)
+from holdfast.archive.sqlite_packed import (
+    PLACES,
+    RETRAIN_AT,
+    SAMPLE_MESSAGES_MAX,
+    SAMPLES_MAX,
+    SAMPLES_MIN,
+    TABLES,
+    BlockDamaged,
+    Dictionaries,
+    Packer,
+    Text,
+    Texts,
+    blocks_of,
+    has_tables,
+    train,
 )
 from holdfast.archive.sqlite_rows import (
     DAY_MS,
     MESSAGE_COLUMNS,
     OTHER_RANK,
-    PLACES,
     RANKS,
     SYSTEM,
     Changes,
@@ -49,7 +70,7 @@ from holdfast.archive.sqlite_rows import (
     message_of,
 )
 from holdfast.core.event import Event, StoredMessage
-from holdfast.errors import ForkedProcess
+from holdfast.errors import ForkedProcess, StorageFull
 
 READERS_MAX = 4
 """Connections that read; further reads wait for one of them."""
@@ -59,6 +80,21 @@ CLOSE_WAIT_S = 2.0
 
 WALK_AT_ONCE = 5_000
 """Conversations that retention looks at in one read transaction, which keeps the write-ahead log from starting anew."""
+
+COPY_PAGES = 128
+"""Of a copy, written in one step, during which no event can be applied: 256 KiB take half a millisecond."""
+
+COPY_PAUSE_S = 0.0005
+"""Between two steps at least, so that whoever waits for his turn gets it."""
+
+COPY_PATIENCE_S = 120.0
+"""The longest that a copy is drawn out for the sake of others."""
+
+PACK_HEADS, PACK_MESSAGES = 16, 128
+"""Conversations and messages that are packed in one transaction: 5 ms, for which events wait."""
+
+COMPACT_STEPS, COMPACT_PAUSE_S = 20_000, 0.005
+"""Steps of SQLite's virtual machine, about 5 ms, after which others get time while the file is written anew."""
 
 _COMPLAINTS_MAX = 20
 _MS_MIN, _MS_MAX = -(2**63), 2**63 - 1
@@ -93,9 +129,15 @@ class SQLiteArchive(Archive):
         self._wal = path.with_name(path.name + LOG)
         self._pid = os.getpid()
         self._write_guard = threading.Lock()
+        self._copying = threading.Lock()
         self._refusal: str | None = None
         self._checkpoint_at = WAL_BYTES_MAX
         self._identity = _identity(path)
+        self._dictionaries = Dictionaries()
+        # One at a time packs; a packer is of one thread.
+        self._packing = threading.Lock()
+        self._packer: Packer | None = None
+        self._trained_in_vain_at = 0
         self._writer = connect_writer(path)
         try:
             self._readers = _Readers(path)
@@ -163,6 +205,8 @@ class SQLiteArchive(Archive):
             if self._refusal == _CLOSED:
                 return
             broken, self._refusal = self._refusal is not None, _CLOSED
+        with self._copying:
+            pass  # a copy under way breaks off at its next step
         self._readers.stop(CLOSE_WAIT_S)
         try:
             if not broken:
@@ -195,6 +239,8 @@ class SQLiteArchive(Archive):
                 self._roll_back()
                 if isinstance(error, SQLITE_ERRORS):
                     raise our_error(error, self.path) from error
+                if isinstance(error, BlockDamaged):
+                    raise ArchiveDamaged(f"{self.path} is damaged: {error}; it has to be made anew") from error
                 if isinstance(error, OverflowError | UnicodeEncodeError):
                     raise ArchiveError(f"{self.path} cannot hold this: {error}") from error
                 raise
@@ -273,7 +319,8 @@ class SQLiteArchive(Archive):
             ).fetchall()
             if wanted.newest:
                 rows.reverse()
-            return [message_of(row) for row in rows]
+            texts = Texts(connection, self._dictionaries)
+            return [message_of(row, texts) for row in rows]
 
     def conversations(self, wanted: ConversationQuery) -> list[Head]:
         index, where = "conversation_by_time", ""
@@ -369,12 +416,7 @@ class SQLiteArchive(Archive):
 
     def message_counts(self) -> dict[str, int]:
         with self._reading() as connection:
-            return dict(
-                connection.execute(
-                    "SELECT id, (SELECT count(*) FROM messages NOT INDEXED"
-                    f" WHERE place > key * {PLACES} AND place < (key + 1) * {PLACES}) FROM conversations"
-                ).fetchall()
-            )
+            return counted_messages(connection)
 
     # Retention.
 
@@ -400,7 +442,8 @@ class SQLiteArchive(Archive):
             with self._reading() as connection:
                 up_to, messages, system, tokens, size = connection.execute(
                     f"SELECT max(place) & 0xffffffff, count(*), total(kind IN ({', '.join(map(str, kinds(SYSTEM, None)))})),"
-                    " total(tokens_used), total(length(CAST(content AS BLOB)) + length(CAST(coalesce(metadata, '') AS BLOB)))"
+                    " total(tokens_used), total(coalesce(packed & 0xffffffff,"
+                    " length(CAST(content AS BLOB)) + length(CAST(coalesce(metadata, '') AS BLOB))))"
                     " FROM conversations INDEXED BY conversation_by_id CROSS JOIN messages NOT INDEXED"
                     f" ON place > key * {PLACES} AND place < (key + 1) * {PLACES} WHERE id = ? AND created_ms < ?",
                     (id, _clamped(before_ms, _MS_MIN, _MS_MAX)),
@@ -428,15 +471,183 @@ class SQLiteArchive(Archive):
             after = last[0]
         return found
 
+    def condense(self, after: str = "") -> Condensed:
+        with self._packing:
+            return self._condense(after)
+
+    def _condense(self, after: str) -> Condensed:
+        heads = self._walk(
+            "archived = 1 AND packed_version IS NOT version AND updated_ms <= ?", _MS_MAX, PACK_HEADS, after
+        )
+        if not heads:
+            return Condensed()
+        packer = self._ready_packer()
+        steps: list[_Packing] = []
+        left = PACK_MESSAGES
+        for id, version, _ in heads:
+            if left <= 0:
+                break
+            steps.append(self._to_pack(id, version, left, packer))
+            left -= len(steps[-1].texts)
+        messages = before = now = 0
+        with self._writing() as connection:
+            for step in steps:
+                # Whoever changed it since has the version changed, and the next run looks again.
+                if step.write(connection):
+                    messages += len(step.texts)
+                    before += sum(text.bytes for text in step.texts)
+                    now += sum(len(packed) for _, packed in step.blocks)
+        self._bound_log()
+        whole = [step.id for step in steps if step.is_whole]
+        return Condensed(messages, before, now, whole[-1] if whole else after)
+
+    def _to_pack(self, id: str, version: int, limit: int, packer: Packer) -> _Packing:
+        with self._reading() as connection:
+            rows = connection.execute(
+                "SELECT key, place & 0xffffffff, content, metadata FROM conversations INDEXED BY conversation_by_id"
+                f" CROSS JOIN messages NOT INDEXED ON place > key * {PLACES} AND place < (key + 1) * {PLACES}"
+                " WHERE id = ? AND packed IS NULL ORDER BY place LIMIT ?",
+                (id, limit + 1),
+            ).fetchall()
+        texts = [Text(*row[1:]) for row in rows[:limit]]
+        blocks = [(block, packer.pack(block)) for block in blocks_of(texts)]
+        is_whole = len(rows) <= limit
+        if is_whole and sum(len(packed) for _, packed in blocks) >= sum(text.bytes for text in texts):
+            # A few words are as short as they can be.
+            texts, blocks = [], []
+        return _Packing(id, version, rows[0][0] if rows else 0, packer.id, texts, blocks, is_whole)
+
+    def _ready_packer(self) -> Packer:
+        """What packs with the newest dictionary, which is made when it is time for one; kept, as it takes a while."""
+        with self._reading() as connection:
+            is_first = not has_tables(connection)
+        if is_first:
+            with self._writing() as connection:
+                for table in TABLES:
+                    connection.execute(table)
+        with self._reading() as connection:
+            row = connection.execute(
+                "SELECT id, messages FROM dictionaries WHERE id > 0 ORDER BY id DESC LIMIT 1"
+            ).fetchone()
+            archived, messages = connection.execute("SELECT archived, messages FROM totals WHERE one = 1").fetchone()
+        newest, trained_on = row or (0, 0)
+        if archived >= SAMPLES_MIN and messages >= trained_on * RETRAIN_AT and messages > self._trained_in_vain_at * 2:
+            content = train(self._samples())
+            if content is None:
+                self._trained_in_vain_at = messages
+            else:
+                newest += 1
+                with self._writing() as connection:
+                    connection.executemany(
+                        "INSERT INTO dictionaries (id, copy, messages, sha256, content) VALUES (?, ?, ?, ?, ?)",
+                        [(newest, copy, messages, sha256(content).digest(), content) for copy in (0, 1)],
+                    )
+        if self._packer is None or self._packer.id != newest:
+            with self._reading() as connection:
+                known = self._dictionaries.get(connection, newest).as_bytes() if newest else None
+            self._packer = Packer(newest, known)
+        return self._packer
+
+    def _samples(self) -> list[list[str]]:
+        """What is said in some of the archived conversations, of all ages."""
+        with self._reading() as connection:
+            last: int = connection.execute("SELECT coalesce(max(key), 0) FROM conversations").fetchone()[0]
+        samples: list[list[str]] = []
+        for key in range(1, last + 1, max(1, last // SAMPLES_MAX)):
+            with self._reading() as connection:
+                found = connection.execute(
+                    "SELECT id FROM conversations WHERE key = ? AND archived = 1", (key,)
+                ).fetchone()
+            if found is not None:
+                messages = self.messages(found[0], MessageQuery(newest=False, limit=SAMPLE_MESSAGES_MAX))
+                samples.append([one.content for one in messages] + [bytes(one.metadata).decode() for one in messages])
+        return samples
+
+    def compacted(self, path: Path, is_busy: Callable[[], bool]) -> bool:
+        broken: list[BaseException] = []
+
+        def leave_others_time() -> int:
+            try:
+                if is_busy():
+                    time.sleep(COMPACT_PAUSE_S)
+                return int(self._refusal is not None)
+            except BaseException as error:
+                # SQLite breaks off with an error of its own.
+                broken.append(error)
+                return 1
+
+        is_busy()
+        try:
+            with self._reading() as connection:
+                # Not within a transaction; the statement is one by itself.
+                connection.execute("COMMIT")
+                connection.set_progress_handler(leave_others_time, COMPACT_STEPS)
+                try:
+                    connection.execute("VACUUM INTO ?", (str(path),))
+                finally:
+                    connection.set_progress_handler(None, 0)
+                    connection.execute("BEGIN")
+            make_durable(path)
+        except (ArchiveError, ArchiveDamaged):
+            if broken:
+                raise broken[0] from None
+            raise
+        return True
+
     # Care.
 
     def check(self) -> list[str]:
         try:
             with self._reading() as connection:
                 wrong = [row[0] for row in connection.execute(f"PRAGMA integrity_check({_COMPLAINTS_MAX})")]
-                return _miscounted(connection) if wrong == ["ok"] else wrong
+                return miscounted(connection) if wrong == ["ok"] else wrong
         except ArchiveDamaged as error:
             return [str(error)]
+
+    def copy_to(self, path: Path, is_busy: Callable[[], bool]) -> int:
+        self._check_usable()
+        with self._copying:
+            try:
+                self._copy(path, is_busy)
+                return totals_of(path)[0]
+            except SQLITE_ERRORS as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+                    raise StorageFull(f"no room to copy {self.path} to {path}: free space") from error
+                raise our_error(error, self.path) from error
+
+    def _copy(self, path: Path, is_busy: Callable[[], bool]) -> None:
+        """By the writing connection: what it changes between two steps goes to the copy as well, so nothing is read twice,
+        and no transaction that only reads keeps checkpoints from being complete."""
+        target = connect_copy(path)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        patience_s, began = COPY_PATIENCE_S, 0.0
+
+        def pause(status: int, _remaining: int, _pages: int) -> None:
+            nonlocal patience_s, began
+            if status == sqlite3.SQLITE_DONE:
+                return
+            self._write_guard.release()
+            try:
+                if is_busy() and patience_s > 0:
+                    # What the disk was given is brought to it a little at a time: a sync of the journal waits for all of it.
+                    _sync_data(fd)
+                    took_s = time.monotonic() - began
+                    time.sleep(min(took_s, patience_s))
+                    patience_s -= 2 * took_s
+                time.sleep(COPY_PAUSE_S)
+            finally:
+                self._write_guard.acquire()
+                began = time.monotonic()
+            self._check_usable()
+
+        try:
+            with self._write_guard:
+                self._check_usable()
+                began = time.monotonic()
+                self._writer.backup(target, pages=COPY_PAGES, progress=pause, sleep=0)
+        finally:
+            os.close(fd)
+            target.close()
 
     def describe(self) -> dict[str, Any]:
         with self._reading() as connection:
@@ -478,6 +689,8 @@ class SQLiteArchive(Archive):
             raise our_error(error, self.path) from error
         except UnicodeEncodeError as error:
             raise ArchiveError(f"{self.path} has nothing under what is no text: {error}") from error
+        except BlockDamaged as error:
+            raise ArchiveDamaged(f"{self.path} is damaged: {error}; it has to be made anew") from error
         except (TypeError, IndexError) as error:
             raise ArchiveDamaged(f"{self.path} holds what is not ours: {error}; it has to be made anew") from error
         finally:
@@ -485,6 +698,58 @@ class SQLiteArchive(Archive):
 
 
 _CLOSED = "the archive is closed"
+
+
+class _Packing(NamedTuple):
+    """Messages of one conversation that are about to be packed.
+
+    Attributes:
+        id, version, key: of the conversation as it was read.
+        dictionary: with which *blocks* were compressed.
+        texts: of the messages.
+        blocks: the same in portions, each with its packed form.
+        is_whole: there are no others to be packed.
+    """
+
+    id: str
+    version: int
+    key: int
+    dictionary: int
+    texts: list[Text]
+    blocks: list[tuple[list[Text], bytes]]
+    is_whole: bool
+
+    def write(self, connection: sqlite3.Connection) -> bool:
+        """Replace the texts by their blocks, unless any of it is not any more what was read; whether it was."""
+        places = [(self.key * PLACES + text.number, text) for text in self.texts]
+        there = all(
+            connection.execute(
+                "SELECT 1 FROM messages WHERE place = ? AND packed IS NULL AND content = ? AND metadata IS ?",
+                (place, text.content, text.metadata),
+            ).fetchone()
+            for place, text in places
+        )
+        if not there or not self._is_unchanged(connection):
+            return False
+        for block, packed in self.blocks:
+            first = block[0].number
+            connection.execute(
+                "INSERT INTO blocks (place, dictionary, texts) VALUES (?, ?, ?)",
+                (self.key * PLACES + first, self.dictionary, packed),
+            )
+            connection.executemany(
+                "UPDATE messages SET content = '', metadata = NULL, packed = ? WHERE place = ?",
+                [(first * PLACES + text.bytes, self.key * PLACES + text.number) for text in block],
+            )
+        if self.is_whole:
+            connection.execute("UPDATE conversations SET packed_version = version WHERE id = ?", (self.id,))
+        return True
+
+    def _is_unchanged(self, connection: sqlite3.Connection) -> bool:
+        row = connection.execute(
+            "SELECT key, version, archived FROM conversations INDEXED BY conversation_by_id WHERE id = ?", (self.id,)
+        ).fetchone()
+        return row is not None and row == (self.key if self.texts else row[0], self.version, 1)
 
 
 class _Readers:
@@ -599,11 +864,35 @@ def _since(connection: sqlite3.Connection, column: str, counted: str, ms: int) -
     return count
 
 
-def _miscounted(connection: sqlite3.Connection) -> list[str]:
+def counted_messages(connection: sqlite3.Connection) -> dict[str, int]:
+    """As ``Archive.message_counts``, of an archive that may be open for reading only."""
+    return dict(
+        connection.execute(
+            "SELECT id, (SELECT count(*) FROM messages NOT INDEXED"
+            f" WHERE place > key * {PLACES} AND place < (key + 1) * {PLACES}) FROM conversations"
+        ).fetchall()
+    )
+
+
+def miscounted(connection: sqlite3.Connection) -> list[str]:
     """Where totals, days and oldest messages differ from what is there, in words."""
     system = ", ".join(map(str, kinds(SYSTEM, None)))
     wrong = []
+    packed = (
+        (
+            "packed messages without a block",
+            "SELECT 0",
+            "SELECT count(*) FROM messages WHERE packed IS NOT NULL"
+            f" AND (place >> 32) * {PLACES} + packed / {PLACES} NOT IN (SELECT place FROM blocks)",
+        ),
+        (
+            "blocks without a message",
+            "SELECT 0",
+            "SELECT count(*) FROM blocks WHERE place NOT IN (SELECT place FROM messages WHERE packed IS NOT NULL)",
+        ),
+    )
     for what, kept, there in (
+        *(packed if has_tables(connection) else ()),
         (
             "totals of conversations",
             "SELECT conversations, archived, escalated FROM totals",
@@ -650,3 +939,6 @@ def _day(column: str) -> str:
 def _clamped(value: int | None, low: int, high: int, default: int = 0) -> int:
     """*value*, or *default* when there is none, not below *low* nor above *high*."""
     return min(max(default if value is None else value, low), high)
+
+
+_sync_data = os.fdatasync if hasattr(os, "fdatasync") else os.fsync

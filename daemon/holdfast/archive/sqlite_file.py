@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from holdfast.archive.base import ArchiveBroken, ArchiveDamaged, ArchiveError
-from holdfast.errors import DataRefused
+from holdfast.errors import DataRefused, StorageFull
 
 APPLICATION_ID = 0x486F6C64
 """``Hold``, at byte 68 of the file: so ``file`` and we know it from other SQLite databases."""
@@ -173,6 +173,23 @@ def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
     return connection
 
 
+def make_durable(path: Path) -> None:
+    """Bring the file *path*, and its name, to stable storage.
+
+    Raises:
+        ArchiveError: the disk refused.
+    """
+    try:
+        for place, flags in ((path, os.O_RDONLY), (path.parent, os.O_RDONLY | os.O_DIRECTORY)):
+            fd = os.open(place, flags | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+    except OSError as error:
+        raise ArchiveError(f"{path} cannot be brought to the disk: {error.strerror}; check the disk") from error
+
+
 def reserve_log(path: Path) -> None:
     """Set room aside for WAL_BYTES_MAX of the write-ahead log of the file *path*, which is open.
 
@@ -210,6 +227,88 @@ def connect_to_salvage(path: Path, *, with_log: bool) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def connect_to_look(path: Path) -> sqlite3.Connection:
+    """A connection that reads an archive which nobody has open, with its write-ahead log, and changes no byte.
+
+    Where there is a log it needs its index, which SQLite would otherwise create. Failures are ``SQLITE_ERRORS``.
+    """
+    try:
+        has_log = path.with_name(path.name + LOG).stat().st_size > 0
+    except FileNotFoundError:
+        has_log = False
+    connection = _connect(path, "mode=ro&readonly_shm=1" if has_log else "mode=ro&immutable=1")
+    try:
+        connection.execute("PRAGMA temp_store=MEMORY")
+        connection.execute("PRAGMA mmap_size=0")
+        connection.execute("PRAGMA cell_size_check=ON")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def connect_copy(path: Path) -> sqlite3.Connection:
+    """A connection that fills the new file *path* (0600), which nobody reads before it is complete; errors as ``connect``."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    connection = _connect(path, "mode=rw")
+    try:
+        connection.execute("PRAGMA journal_mode=OFF")
+        connection.execute("PRAGMA synchronous=OFF")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def totals_of(path: Path) -> tuple[int, int]:
+    """Where the complete copy *path* stands, and how many messages it has; nothing is created beside it.
+
+    Raises:
+        ArchiveDamaged, ArchiveError: it cannot be read.
+    """
+    try:
+        connection = _connect(path, "mode=ro&immutable=1")
+        try:
+            row = connection.execute("SELECT archived_seq, messages FROM totals WHERE one = 1").fetchone()
+        finally:
+            connection.close()
+    except SQLITE_ERRORS as error:
+        raise our_error(error, path) from error
+    if row is None:
+        raise ArchiveDamaged(f"{path} does not say how far it is; it has to be made anew")
+    return int(row[0]), int(row[1])
+
+
+def copy_stopped(path: Path, target: Path) -> int:
+    """Copy the archive *path*, which nobody has open, with what is in its write-ahead log to the new file *target*; the seq
+    at which it stands. Of *path* nothing is changed, but an index of its log may come to stand beside it.
+
+    Raises:
+        ArchiveDamaged, ArchiveError: it cannot be read.
+        StorageFull, OSError: *target* cannot be written.
+    """
+    try:
+        source = connect(path, writable=False)
+        try:
+            copy = connect_copy(target)
+            try:
+                source.backup(copy)
+            finally:
+                copy.close()
+        finally:
+            source.close()
+    except SQLITE_ERRORS as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+            raise StorageFull(f"no room to copy {path} to {target}: free space") from error
+        raise our_error(error, path) from error
+    return totals_of(target)[0]
+
+
+def schema_version() -> int:
+    """What an archive has when it is brought to the present schema."""
+    return len(_migrations())
 
 
 def _connect(path: Path, parameters: str) -> sqlite3.Connection:

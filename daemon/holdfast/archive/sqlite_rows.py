@@ -11,12 +11,12 @@ from typing import Any
 import msgspec
 
 from holdfast.archive.base import ArchiveError, Escalation, Head
+from holdfast.archive.sqlite_packed import PLACES, Dictionaries, Texts
 from holdfast.clock import parse_ms
 from holdfast.core.event import NO_VALUE, Event, StoredMessage
 
 DAY_MS = 86_400_000
-PLACES = 1 << 32
-"""Places of one conversation; those of the conversation *key* begin at ``key * PLACES``."""
+# Of the conversation *key* the places begin at ``key * PLACES``.
 
 RANKS = {"high": 0, "low": 1}
 OTHER_RANK = 2
@@ -30,13 +30,16 @@ _KINDS = {who: kind for kind, who in enumerate(WHO)}
 _SYSTEM_KINDS = len(_AUTHORS)
 """Kinds below this are messages of the system."""
 
-MESSAGE_COLUMNS = "place & 0xffffffff, created_ms, kind, tokens_used, content, metadata, channel, external_id"
+MESSAGE_COLUMNS = "place, created_ms, kind, tokens_used, content, metadata, channel, external_id, packed"
 """What ``message_of`` takes."""
 
 _AT_ONCE = 1_000
 """Conversations that wait to be written, at most, while an archive is filled."""
 
 _Row = tuple[int, int, int, int | None, str, str | None, str | None, str | None]
+"""Of a message that is written: all of them but the last."""
+
+_WholeRow = tuple[int, int, int, int | None, str, str | None, str | None, str | None, int | None]
 
 
 _Counted = tuple[int, int, int]
@@ -65,9 +68,12 @@ _decode_head = msgspec.json.Decoder(_HeadFields).decode
 _decode_escalation = msgspec.json.Decoder(_EscalationFields).decode
 
 
-def message_of(row: _Row) -> StoredMessage:
-    """The message in *row*; IndexError or TypeError when it is none of ours."""
-    number, created_ms, kind, tokens_used, content, metadata, channel, external_id = row
+def message_of(row: _WholeRow, texts: Texts) -> StoredMessage:
+    """The message in *row*; IndexError or TypeError when it is none of ours, BlockDamaged when its text is lost."""
+    place, created_ms, kind, tokens_used, content, metadata, channel, external_id, packed = row
+    number = place % PLACES
+    if packed is not None:
+        _, content, metadata = texts.of(place, packed)
     if type(content) is not str or type(created_ms) is not int:
         raise TypeError(f"message {number} has no text or no time")
     role, author = WHO[kind]
@@ -188,7 +194,11 @@ class Changes:
         conversation = self._open(id)
         if conversation.key is None:
             return
-        self._delete_messages(conversation.key, PLACES - 1, None)
+        if self._delete_messages(conversation.key, PLACES - 1, None):
+            self._connection.execute(
+                "DELETE FROM blocks WHERE place > ? AND place < ?",
+                (conversation.key * PLACES, (conversation.key + 1) * PLACES),
+            )
         self._connection.execute("DELETE FROM conversations WHERE key = ?", (conversation.key,))
         self._count_conversation(conversation.counted, None)
         del self._conversations[id]
@@ -199,6 +209,7 @@ class Changes:
         conversation = self._open(id)
         if conversation.key is None:
             return
+        self._unpack(conversation.key, min(up_to, PLACES - 1), before_ms)
         self._delete_messages(conversation.key, min(up_to, PLACES - 1), before_ms)
         first = conversation.key * PLACES
         self._connection.execute(
@@ -362,19 +373,40 @@ class Changes:
             )
         self._count_messages(len(messages), system, tokens)
 
-    def _delete_messages(self, key: int, up_to: int, before_ms: int | None) -> None:
+    def _unpack(self, key: int, up_to: int, before_ms: int) -> None:
+        """Take the blocks apart of which messages are about to go: what is left of them may be packed again."""
+        going = self._connection.execute(
+            "SELECT packed FROM messages WHERE place > ? AND place <= ? AND created_ms < ? AND packed IS NOT NULL",
+            (key * PLACES, key * PLACES + up_to, before_ms),
+        ).fetchall()
+        texts = Texts(self._connection, Dictionaries())
+        for first in sorted({packed // PLACES for (packed,) in going}):
+            self._connection.executemany(
+                "UPDATE messages SET content = ?, metadata = ?, packed = NULL WHERE place = ? AND packed IS NOT NULL",
+                [
+                    (text.content, text.metadata, key * PLACES + text.number)
+                    for text in texts.block(key * PLACES + first)
+                ],
+            )
+            self._connection.execute("DELETE FROM blocks WHERE place = ?", (key * PLACES + first,))
+
+    def _delete_messages(self, key: int, up_to: int, before_ms: int | None) -> bool:
+        """Delete them; whether some were packed."""
+        was_packed = False
         gone = self._connection.execute(
             "DELETE FROM messages WHERE place > ? AND place <= ? AND (?3 IS NULL OR created_ms < ?3)"
-            " RETURNING created_ms, kind, tokens_used",
+            " RETURNING created_ms, kind, tokens_used, packed IS NOT NULL",
             (key * PLACES, key * PLACES + up_to, before_ms),
         )
         messages = system = tokens = 0
-        for created_ms, kind, tokens_used in gone:
+        for created_ms, kind, tokens_used, is_packed in gone:
+            was_packed = was_packed or bool(is_packed)
             self._message_days[created_ms // DAY_MS] -= 1
             messages += 1
             system += kind < _SYSTEM_KINDS
             tokens += tokens_used or 0
         self._count_messages(-messages, -system, -tokens)
+        return was_packed
 
     def _count_messages(self, messages: int, system: int, tokens: int) -> None:
         totals = self._totals

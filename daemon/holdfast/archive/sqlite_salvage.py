@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.archive.sqlite_file import LOG, SQLITE_ERRORS, connect_to_salvage
-from holdfast.archive.sqlite_rows import MESSAGE_COLUMNS, PLACES, message_of
+from holdfast.archive.sqlite_packed import PLACES, BlockDamaged, Dictionaries, Texts
+from holdfast.archive.sqlite_rows import MESSAGE_COLUMNS, message_of
 from holdfast.core.event import StoredMessage
 
 MESSAGES_AT_ONCE = 500
@@ -70,10 +71,11 @@ def _all_messages(connection: sqlite3.Connection) -> Iterator[tuple[str, list[St
 
 def _messages_of(connection: sqlite3.Connection, key: int, id: str) -> Iterator[tuple[str, list[StoredMessage]]]:
     found: list[StoredMessage] = []
+    texts = Texts(connection, Dictionaries())
     for row in _readable(connection, _MESSAGES, key * PLACES, (key + 1) * PLACES - 1):
         try:
-            found.append(message_of(row[1:]))
-        except (IndexError, TypeError):
+            found.append(message_of(row[1:], texts))
+        except (IndexError, TypeError, BlockDamaged, *SQLITE_ERRORS):
             continue
         if len(found) >= MESSAGES_AT_ONCE:
             yield id, found

@@ -44,6 +44,9 @@ SET_NAME = re.compile(r"\d{4}-\d\d-\d\dT\d{6}\.\d{3}Z")
 
 READ_BYTES = 1 << 20
 
+_STORED_NAME = re.compile(r"[^./\0][^/\0]*")
+_NAME = re.compile(rf"(?:journal/)?{_STORED_NAME.pattern}")
+
 Kind = Literal["manifest", "snapshot", "journal", "archive", "settings", "tokens"]
 
 
@@ -78,7 +81,8 @@ class SetManifest(msgspec.Struct, frozen=True):
         seq: everything up to here is in it, and nothing beyond.
         snapshot_seq, archived_seq: where its snapshots and its archive stand; the journal in it has what lies between.
         encrypted: whether its files are.
-        counts: records by collection, ``messages``, and ``days`` of sales.
+        counts: records by collection, ``messages``, and ``days`` of sales, as its snapshots and its archive have them; the
+            events in its journal are not in these.
         files: by their name in the data directory; those of the journal as ``journal/NAME``.
         checksum: SHA-256 of the file with nothing in this place.
     """
@@ -203,6 +207,10 @@ def decode_set_manifest(raw: bytes) -> SetManifest:
         raise ValueError(f"not the manifest of a set: {error}") from None
     if encode_set_manifest(manifest) != raw:
         raise ValueError("its checksum does not hold")
+    for name, file in manifest.files.items():
+        # A set may come from elsewhere, and these become paths.
+        if not (_NAME.fullmatch(name) and _STORED_NAME.fullmatch(file.stored)):
+            raise ValueError(f"it names a file that no set has: {name!r:.80}, {file.stored!r:.80}")
     return manifest
 
 
@@ -210,6 +218,14 @@ def write_proof(path: Path, proof: Proof) -> None:
     """Note in the set *path* how proving it went; errors as ``Directory.write_atomic``."""
     with Directory(path) as directory:
         directory.write_atomic(PROOF_FILE, [_indented(proof)])
+
+
+def decode_proof(raw: bytes) -> Proof | None:
+    """What ``write_proof`` wrote; None when it cannot be read."""
+    try:
+        return msgspec.json.decode(raw, type=Proof)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 def content_of(found: BackupSet, name: str, seal: Seal | None = None) -> Iterator[bytes]:
@@ -297,8 +313,8 @@ def _read(directory: Directory, stored: StoredFile) -> Generator[bytes]:
 
 def _read_proof(directory: Directory) -> Proof | None:
     try:
-        return msgspec.json.decode(directory.read(PROOF_FILE), type=Proof)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return decode_proof(directory.read(PROOF_FILE))
+    except OSError:
         return None
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import orjson
 
+from holdfast.care.compact import condense
 from holdfast.clock import parse_ms
 from holdfast.errors import Conflict, HoldfastError, InvalidRecord, NotFound, VersionMismatch
 from holdfast.ops import ConversationArchive, ConversationDelete, MessageExpire, Record
@@ -213,7 +214,7 @@ class Daily:
         self._due_at = 0.0
 
     def run_when_due(self) -> None:
-        """Let go what is old, unless that was done less than a day ago; errors as ``clean``."""
+        """Let go what is old, and pack what is archived, unless that was done less than a day ago; errors as ``clean``."""
         now = self._engine.monotonic()
         if now < self._due_at:
             return
@@ -223,6 +224,7 @@ class Daily:
             reason="daily",
             is_stopping=self._is_stopping,
         )
+        condense(self._engine, self._is_stopping)
         self._due_at = now + DAY_MS / 1000
 
 

@@ -89,6 +89,32 @@ class Since(Text):
             self.fail(f"expected a span within the calendar, found {text!r:.80}", param, ctx)
 
 
+class Age(Text):
+    """A span such as ``30d``, as the moment that was so long ago."""
+
+    name = "span"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = super().convert(value, param, ctx)
+        try:
+            return format_ms(max(0, int((time.time() - parse_duration(text)) * 1000)))
+        except (ValueError, OverflowError):
+            self.fail(f"expected a span such as 30d, found {text!r:.80}", param, ctx)
+
+
+class FieldValue(Text):
+    """``FIELD=VALUE``, as the two."""
+
+    name = "field"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = super().convert(value, param, ctx)
+        field, sign, wanted = text.partition("=")
+        if not (field and sign):
+            self.fail(f"expected FIELD=VALUE, found {text!r:.80}", param, ctx)
+        return field, wanted
+
+
 class WholeNumber(click.ParamType):  # type: ignore[type-arg]
     """A version, generation or count: a whole number of *least* or more, with as many digits as the daemon takes."""
 
@@ -111,6 +137,18 @@ VERSION = WholeNumber(0)
 GENERATION = WholeNumber(1)
 COUNT = WholeNumber(1)
 SINCE = Since()
+AGE = Age()
+
+
+def where_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which records are meant by what is in them; the command receives ``where``, pairs of a field and its value."""
+    return click.option(
+        "--where",
+        multiple=True,
+        type=FieldValue(),
+        metavar="FIELD=VALUE",
+        help="Only records whose FIELD has this VALUE; may be repeated.",
+    )(command)
 
 
 def json_value(argument: str) -> bytes:

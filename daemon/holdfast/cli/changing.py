@@ -11,15 +11,18 @@ import click
 import msgspec
 import orjson
 
-from holdfast.cli.arguments import AMOUNT, GENERATION, HEADER_TEXT, TEXT, VERSION, json_value
+from holdfast.cli.arguments import AGE, AMOUNT, GENERATION, HEADER_TEXT, TEXT, VERSION, json_value, where_option
 from holdfast.cli.connection import WORK_TIMEOUT_S, Daemon, daemon_options
 from holdfast.cli.kinds import Kind, id_argument
-from holdfast.cli.reading import PAGE_LIMIT, check_collection, count_of, items_of
-from holdfast.cli.show import Progress, examples, json_option, print_json, printable, readable_count
+from holdfast.cli.reading import PAGE_LIMIT, Item, check_collection, count_of, items_of
+from holdfast.cli.show import Progress, counted, examples, json_option, print_json, printable, readable_count
 from holdfast.errors import Unavailable, error_of
 
 BATCH_OPS = 500
 """Records removed by one request."""
+
+IDS_SHOWN = 10
+"""Of the records that a filter chooses, in the preview."""
 
 REFUSALS_TOLD = 10
 """Records that ``rm`` could not remove are named up to this many."""
@@ -91,40 +94,120 @@ def _value_command(kind: Kind, verb: str, purpose: str, *lines: str, done: str) 
 def rm_command(kind: Kind) -> click.Command:
     """``rm``, for records of *kind*."""
     id, _ = kind.example
+    noun = kind.command.split()[0]
 
     @click.command(
         "rm",
-        help=f"""Remove {kind.command.split()[0]} by their ids, or all of them.
+        help=f"""Remove {noun} by their ids, those that are chosen by --where and its like, or all of them.
 
+        Of those that are chosen the number and the first ids are shown, and then asked; one that somebody changes meanwhile stays.
         Those that cannot be removed are told and the others removed all the same; the exit code is 1 then.
         """,
         epilog=examples(
             f"holdfast {kind.command} rm {id}",
             f"holdfast {kind.command} rm {id} --if-version 3",
+            f"holdfast {kind.command} rm --older-than 30d --dry-run",
             f"holdfast {kind.command} rm --all --yes",
         ),
     )
     @id_argument(kind, nargs=-1)
+    @where_option
+    @click.option("--older-than", type=AGE, metavar="SPAN", help="Only those not active or changed for this span.")
     @click.option("--all", "is_all", is_flag=True, help="All there are; asks first.")
+    @click.option("--dry-run", is_flag=True, help="Say how many are meant and name the first, and change nothing.")
     @click.option("--yes", is_flag=True, help="Do not ask.")
     @write_options(kind, has_ttl=False)
     @json_option
     @daemon_options
-    def rm(daemon: Daemon, id: tuple[str, ...], is_all: bool, yes: bool, as_json: bool, **how: Any) -> int:
-        if is_all == bool(id):
-            raise click.UsageError("expected ids, or --all; found " + ("both" if id else "neither"))
-        own = fields_of(how, len(id))
-        total: int | None = len(id)
-        ids: Iterator[str] = iter(id)
-        if is_all:
-            check_collection(daemon, kind)
+    def rm(
+        daemon: Daemon,
+        id: tuple[str, ...],
+        where: tuple[tuple[str, str], ...],
+        older_than: str | None,
+        is_all: bool,
+        dry_run: bool,
+        yes: bool,
+        as_json: bool,
+        state: str | None = None,
+        **how: Any,
+    ) -> int:
+        query = {name: value for name, value in (("until", older_than), ("state", state)) if value is not None}
+        is_chosen = bool(query or where)
+        if is_all + is_chosen + bool(id) != 1:
+            raise click.UsageError("expected ids, or what chooses them (--where), or --all, and one of these only")
+        if id and not dry_run:
+            own = fields_of(how, len(id))
+            ops = (kind.op("delete", {"id": one, **own}) for one in id)
+            return do_each(daemon, kind, ops, len(id), how, as_json, doing="removing", done="removed")
+        fields_of(how, 0)
+        check_collection(daemon, kind)
+        if id:
+            return tell_preview(kind, list(id), as_json)
+        if is_all and not dry_run:
             total = count_of(daemon, kind)
             confirm(f"remove all {kind.command} ({readable_count(total or 0, 'record')})", yes)
-            ids = (item.id for item in items_of(daemon, kind.path, {}, PAGE_LIMIT))
-        ops = (kind.op("delete", {"id": one, **own}) for one in ids)
-        return do_each(daemon, kind, ops, total, how, as_json, doing="removing", done="removed")
+            ops = (kind.op("delete", {"id": item.id}) for item in items_of(daemon, kind.path, {}, PAGE_LIMIT))
+            return do_each(daemon, kind, ops, total, how, as_json, doing="removing", done="removed")
+        return remove_chosen(daemon, kind, query, where, how, as_json, is_dry_run=dry_run, yes=yes)
 
+    if kind.state_field is not None:
+        option = click.option("--state", type=TEXT, metavar="STATE", help=f"Only those with this {kind.state_field}.")
+        option(rm)
     return rm
+
+
+def remove_chosen(
+    daemon: Daemon,
+    kind: Kind,
+    query: dict[str, str],
+    where: tuple[tuple[str, str], ...],
+    how: Arguments,
+    as_json: bool,
+    *,
+    is_dry_run: bool,
+    yes: bool,
+) -> int:
+    """Remove the records that *query* and *where* choose, after a preview; the exit code."""
+    with Progress(f"looking for {kind.command}", lambda: count_of(daemon, kind)) as progress:
+        found = [
+            (item.id, item.version)
+            for item in counted(items_of(daemon, kind.path, query, PAGE_LIMIT), progress)
+            if is_meant(item, where)
+        ]
+    ids = [id for id, _ in found]
+    if is_dry_run:
+        return tell_preview(kind, ids, as_json)
+    if ids:
+        confirm(f"remove {readable_count(len(ids), kind.noun)} ({first_of(ids)})", yes)
+    # Only as they were seen: what changed since is not what was meant.
+    ops = (kind.op("delete", {"id": id, "if_version": version}) for id, version in found)
+    return do_each(daemon, kind, ops, len(found), how, as_json, doing="removing", done="removed")
+
+
+def is_meant(item: Item, where: tuple[tuple[str, str], ...]) -> bool:
+    """Whether every field of *where* has its value in *item*."""
+    if not where:
+        return True
+    value = orjson.loads(bytes(item.value))
+    return all(_as_text(value.get(field)) == wanted for field, wanted in where)
+
+
+def _as_text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else orjson.dumps(value).decode()
+
+
+def tell_preview(kind: Kind, ids: list[str], as_json: bool) -> int:
+    """Tell how many records are meant, and the first of them; the exit code."""
+    if as_json:
+        print_json({"would_remove": len(ids), "first": ids[:IDS_SHOWN]})
+    else:
+        click.echo(f"would remove {readable_count(len(ids), kind.noun)}{': ' if ids else ''}{first_of(ids)}")
+    return 0
+
+
+def first_of(ids: list[str]) -> str:
+    """The first of *ids*, as one reads them."""
+    return printable(", ".join(ids[:IDS_SHOWN])) + (" and more" if len(ids) > IDS_SHOWN else "")
 
 
 def fields_of(how: Arguments, count: int = 1) -> Arguments:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -156,6 +157,42 @@ class Connection:
         response = receiver.next()
         assert response is not None
         self._checked(response, EVENTS_PATH)
+
+    def download(self, target: str) -> Iterator[bytes]:
+        """The body that the daemon answers to a GET of *target*, piece by piece, of any size; raises as ``stream``."""
+        receiver = Receiver()
+        try:
+            with open_socket(self._daemon.address, self._timeout_s) as opened:
+                opened.sendall(self._requests.render("GET", target, None, "Accept: */*\r\n"))
+                while not receiver.is_whole:
+                    receiver.feed(opened.recv(RECEIVE_BYTES))
+                    if receiver.status == 200 and (piece := receiver.take_body()):
+                        yield piece
+        except (OSError, WireError) as error:
+            raise Unavailable(self._unreachable(error)) from error
+        response = receiver.next()
+        assert response is not None
+        if response.status >= 400:
+            raise self._refusal(response, target)
+
+    def upload(self, target: str, chunks: Iterable[bytes]) -> Reply:
+        """What the daemon answers to a POST of *chunks* to *target*; raises as ``stream``."""
+        receiver = Receiver()
+        headers = "Accept: application/json\r\nContent-Type: application/octet-stream\r\nTransfer-Encoding: chunked\r\n"
+        try:
+            with open_socket(self._daemon.address, self._timeout_s) as opened:
+                with suppress(BrokenPipeError, ConnectionResetError):  # refused before the end: the answer says why
+                    opened.sendall(self._requests.render("POST", target, None, headers))
+                    for chunk in filter(None, chunks):
+                        opened.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+                    opened.sendall(b"0\r\n\r\n")
+                while not receiver.is_whole:
+                    receiver.feed(opened.recv(RECEIVE_BYTES))
+        except (OSError, WireError) as error:
+            raise Unavailable(self._unreachable(error)) from error
+        response = receiver.next()
+        assert response is not None
+        return self._checked(response, target)
 
     def close(self) -> None:
         """Close it; the next request opens it again."""

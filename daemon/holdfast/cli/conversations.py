@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from itertools import chain
 from typing import Any
 
 import click
 
-from holdfast.cli.arguments import COUNT, SINCE, TEXT
-from holdfast.cli.changing import confirm, do_each, do_one, fields_of, write_options
+from holdfast.cli.arguments import COUNT, SINCE, TEXT, where_option
+from holdfast.cli.changing import confirm, do_each, do_one, fields_of, remove_chosen, tell_preview, write_options
 from holdfast.cli.connection import Daemon, daemon_flags, daemon_options
 from holdfast.cli.groups import InOrder
 from holdfast.cli.kinds import CONVERSATIONS, ESCALATIONS, id_argument
@@ -39,6 +39,26 @@ def conversations(**_: Any) -> None:
     """Find and read conversations; archive, hold and remove them."""
 
 
+def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which conversations are meant; the command receives each by the name of its parameter."""
+    for option in reversed(
+        (
+            click.option("--user", "user_id", type=TEXT, metavar="ID", help="Only those of this user."),
+            click.option("--session", "session_id", type=TEXT, metavar="ID", help="Only those of this session."),
+            click.option(
+                "--escalated/--no-escalated", default=None, help="Only those that are or were escalated, or the others."
+            ),
+            click.option("--archived/--no-archived", default=None, help="Only archived ones, or the others."),
+            click.option("--since", type=SINCE, metavar="TIME", help="Updated since: ISO 8601, or a span such as 2h."),
+            click.option("--until", type=SINCE, metavar="TIME", help="Updated before: ISO 8601, or a span such as 2h."),
+            click.option("--active-within", type=TEXT, metavar="SPAN", help="Updated within this span, such as 7d."),
+            click.option("--older-than", type=TEXT, metavar="SPAN", help="Not updated for this span, such as 90d."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @conversations.command(
     "list",
     epilog=examples(
@@ -48,14 +68,7 @@ def conversations(**_: Any) -> None:
     ),
 )
 @limit_options
-@click.option("--user", "user_id", type=TEXT, metavar="ID", help="Only those of this user.")
-@click.option("--session", "session_id", type=TEXT, metavar="ID", help="Only those of this session.")
-@click.option("--escalated/--no-escalated", default=None, help="Only those that are or were escalated, or the others.")
-@click.option("--archived/--no-archived", default=None, help="Only archived ones, or the others.")
-@click.option("--since", type=SINCE, metavar="TIME", help="Updated since: ISO 8601, or a span such as 2h.")
-@click.option("--until", type=SINCE, metavar="TIME", help="Updated before: ISO 8601, or a span such as 2h.")
-@click.option("--active-within", type=TEXT, metavar="SPAN", help="Updated within this span, such as 7d.")
-@click.option("--older-than", type=TEXT, metavar="SPAN", help="Not updated for this span, such as 90d.")
+@filter_options
 @json_option
 @daemon_options
 def list_(daemon: Daemon, limit: int, is_all: bool, as_json: bool, **filters: Any) -> None:
@@ -204,19 +217,43 @@ def _print_whole(head: bytes, messages: Iterator[Item]) -> None:
     epilog=examples(
         "holdfast conversations rm 573001234567",
         "holdfast conversations rm 573001234567 573007654321 --yes",
+        "holdfast conversations rm --archived --older-than 365d --dry-run",
     ),
 )
-@id_argument(CONVERSATIONS, nargs=-1, required=True)
+@id_argument(CONVERSATIONS, nargs=-1)
+@filter_options
+@where_option
+@click.option("--dry-run", is_flag=True, help="Say how many are meant and name the first, and change nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @write_options(CONVERSATIONS)
 @json_option
 @daemon_options
-def rm(daemon: Daemon, id: tuple[str, ...], yes: bool, as_json: bool, **how: Any) -> int:
-    """Remove conversations for good; on a terminal it asks first.
+def rm(
+    daemon: Daemon,
+    id: tuple[str, ...],
+    where: tuple[tuple[str, str], ...],
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+    durability: str | None,
+    idempotency_key: str | None,
+    if_version: int | None,
+    **filters: Any,
+) -> int:
+    """Remove conversations for good, by their ids or by what chooses them; on a terminal it asks first.
 
     Their messages and escalations go with them. Those that cannot be removed, such as one under a legal hold, are told and the others removed all the same; the exit
     code is 1 then.
     """
+    how = {"durability": durability, "idempotency_key": idempotency_key, "if_version": if_version}
+    query = {name: _as_query(value) for name, value in filters.items() if value is not None}
+    if bool(id) == bool(query or where):
+        raise click.UsageError("expected one ID or more, or what chooses them (--older-than), and not both")
+    if not id:
+        fields_of(how, 0)
+        return remove_chosen(daemon, CONVERSATIONS, query, where, how, as_json, is_dry_run=dry_run, yes=yes)
+    if dry_run:
+        return tell_preview(CONVERSATIONS, list(id), as_json)
     own = fields_of(how, len(id))
     if sys.stdin is not None and sys.stdin.isatty():
         confirm(f"remove {readable_count(len(id), 'conversation')} with all messages for good", yes)

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from importlib import import_module
+from keyword import iskeyword
 from typing import NoReturn
 
 import click
@@ -29,9 +30,20 @@ _COMMANDS = {
     "conversations": "conversations",
     "escalations": "escalations",
     "stats": "stats",
+    "export": "transfer",
+    "import": "transfer",
     "tail": "tail",
     "journal": "journal",
     "cleanup": "cleanup",
+    "compact": "compact",
+    "copies": "copies",
+    "backup": "backups",
+    "backups": "backups",
+    "restore": "restore",
+    "verify": "verify",
+    "mend": "verify",
+    "migrate": "upgrade",
+    "downgrade-check": "upgrade",
     "token": "token",
     "install-service": "install",
     "openapi": "openapi",
@@ -50,7 +62,12 @@ _SECTIONS = {
         "escalations",
         "stats",
         "cleanup",
+        "compact",
+        "export",
+        "import",
     ),
+    "Backups": ("backup", "backups", "restore"),
+    "Care": ("verify", "mend", "migrate", "downgrade-check"),
     "What happened": ("tail", "journal"),
 }
 """How the help groups them; the others follow as tools."""
@@ -68,7 +85,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command = getattr(import_module(f"holdfast.cli.{_COMMANDS[cmd_name]}"), cmd_name.replace("-", "_"))
+        command = getattr(import_module(f"holdfast.cli.{_COMMANDS[cmd_name]}"), _name_of(cmd_name))
         assert isinstance(command, click.Command)
         return command
 
@@ -84,6 +101,12 @@ class _Commands(click.Group):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows, col_max=16)
+
+
+def _name_of(command: str) -> str:
+    """The name of *command* in its module."""
+    name = command.replace("-", "_")
+    return f"{name}_" if iskeyword(name) else name
 
 
 def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

@@ -18,12 +18,12 @@ from holdfast.client import messages
 from holdfast.client.address import Address, address_of, timeout_of, token_of
 from holdfast.client.backoff import Backoff, described
 from holdfast.client.stream import RECEIVE_BYTES, SILENCE_MAX_S, Blocks, Pauses, named, stream_request
-from holdfast.client.sync import FIRST_CONTACT_S, FLUSH_TIMEOUT_S
+from holdfast.client.sync import BACKUP_TIMEOUT_S, FIRST_CONTACT_S, FLUSH_TIMEOUT_S
 from holdfast.client.wire import Receiver, Requests, Response, WireError
 from holdfast.errors import HoldfastError, Leased, Unavailable
 from holdfast.events import Event
 from holdfast.leases import LEASE_WAIT_MAX_S
-from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Retry, SessionLease, Window
+from holdfast.ops import Answer, AnyOp, BackupReport, Durability, FlushReport, Page, Record, Retry, SessionLease, Window
 
 UNDER_WAY = "closed while the request was under way; whether it happened is not known"
 
@@ -469,6 +469,13 @@ class AsyncRemote(AsyncHoldfast):
             lambda own: self.requests.render("POST", "/v1/admin/flush", b""), self.timeout_s + FLUSH_TIMEOUT_S
         )
         return messages.report_in(response)
+
+    async def backup(self) -> BackupReport:
+        """Have the daemon make a backup of everything and prove it, and wait until it has."""
+        response = await self._alone(
+            lambda own: self.requests.render("POST", "/v1/admin/backup", b""), self.timeout_s + BACKUP_TIMEOUT_S
+        )
+        return messages.backup_in(response)
 
     def events(self, after: int | None = None, *, ops: Collection[str] = (), ids: Collection[str] = ()) -> AsyncEvents:
         """As ``AsyncHoldfast.events``; begins with the first turn of the loop, and goes on when the daemon restarts."""

@@ -26,6 +26,7 @@ from holdfast.errors import (
 from holdfast.ops import (
     Answer,
     AnyOp,
+    BackupReport,
     Durability,
     EscalationOpen,
     FlushReport,
@@ -100,6 +101,7 @@ _decode_window = msgspec.json.Decoder(_Window).decode
 _decode_problem = msgspec.json.Decoder(_Problem).decode
 _decode_answer = msgspec.json.Decoder(Answer).decode
 _decode_report = msgspec.json.Decoder(FlushReport).decode
+_decode_backup = msgspec.json.Decoder(BackupReport).decode
 
 
 # Requests.
@@ -311,6 +313,13 @@ def report_in(response: Response) -> FlushReport:
     """What a flush did."""
     check(response)
     report: FlushReport = _decoded(_decode_report, response)
+    return report
+
+
+def backup_in(response: Response) -> BackupReport:
+    """What a backup did."""
+    check(response)
+    report: BackupReport = _decoded(_decode_backup, response)
     return report
 
 

@@ -20,10 +20,13 @@ from holdfast.client.wire import Requests, Response, WireError
 from holdfast.errors import HoldfastError, Leased, Unavailable
 from holdfast.held import Renewals
 from holdfast.leases import LEASE_WAIT_MAX_S
-from holdfast.ops import Answer, AnyOp, Durability, FlushReport, Page, Record, Retry, SessionLease, Window
+from holdfast.ops import Answer, AnyOp, BackupReport, Durability, FlushReport, Page, Record, Retry, SessionLease, Window
 
 FLUSH_TIMEOUT_S = 600.0
 """A flush of a million sessions takes seconds, on a slow disk a minute."""
+
+BACKUP_TIMEOUT_S = 3600.0
+"""A backup takes the time it needs: it gives way to everybody else."""
 
 IDLE_CONNECTIONS_MAX = 64
 
@@ -184,6 +187,10 @@ class Remote(Holdfast):
     def flush(self) -> FlushReport:
         """Have the daemon write what changed to its snapshot files, and wait until it has."""
         return messages.report_in(self.ask("POST", "/v1/admin/flush", b"", extra_s=FLUSH_TIMEOUT_S))
+
+    def backup(self) -> BackupReport:
+        """Have the daemon make a backup of everything and prove it, and wait until it has."""
+        return messages.backup_in(self.ask("POST", "/v1/admin/backup", b"", extra_s=BACKUP_TIMEOUT_S))
 
     def events(self, after: int | None = None, *, ops: Collection[str] = (), ids: Collection[str] = ()) -> Events:
         """As ``Holdfast.events``; when the daemon restarts, the stream goes on where it was."""

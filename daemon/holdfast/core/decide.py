@@ -6,6 +6,7 @@ Pure: nothing is changed, no clock is asked, no disk is touched. The event holds
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from decimal import Decimal
 from functools import cache
 from typing import Any
 
@@ -37,6 +38,9 @@ from holdfast.ops import (
     OrderDelete,
     OrderPatch,
     OrderPut,
+    OrderRestore,
+    OrderTake,
+    OwnOp,
     PersonHold,
     RecordDelete,
     RecordPatch,
@@ -50,6 +54,7 @@ from holdfast.ops import (
     SessionTouch,
     StatsCompletion,
     StatsOrder,
+    StatsTake,
     UserDelete,
     UserPatch,
     UserPut,
@@ -68,7 +73,7 @@ NOTHING_KNOWN: conversations.Externals = {}
 
 def decide(
     state: State,
-    op: AnyOp | MessageExpire,
+    op: AnyOp | OwnOp,
     rules: Rules,
     seq: int,
     now_ms: int,
@@ -406,6 +411,38 @@ def _order_delete(state: State, op: OrderDelete, rules: Rules, seq: int, now_ms:
     return Event(seq, format_ms(now_ms), "order.delete", id=op.id, counted=record.header_of(old).counted)
 
 
+def _order_restore(state: State, op: OrderRestore, rules: Rules, seq: int, now_ms: int) -> Event:
+    present = state.completed_orders.get(op.id) or state.orders.get(op.id)
+    version, _ = next_version(present, op)
+    name = "order.put"
+    if op.is_closed:
+        name = "order.cancel" if orjson.loads(op.value).get("status") == "cancelled" else "order.complete"
+    return _order_event(seq, now_ms, name, op.id, version, op.value, op.counted)
+
+
+def _order_take(state: State, op: OrderTake, rules: Rules, seq: int, now_ms: int) -> Event:
+    id, value = op.id, op.value
+    check_id(id, rules)
+    closed = state.completed_orders.get(id)
+    if closed is not None and not op.is_closed:
+        _refuse_closed(state, id)
+    version, _ = next_version(state.orders.get(id) if closed is None else closed, op)
+    if isinstance(value.get("revenue"), Decimal):
+        # As it is written there, digit by digit.
+        value = value | {"revenue": orjson.Fragment(figures.money_text(figures.money(value["revenue"])))}
+    encoded = _checked(value, id, rules.order_id_field, rules, as_number=True)
+    if not value.get("recipientPhone"):
+        raise InvalidRecord("expected an order with its recipientPhone, found none")
+    if not op.is_closed:
+        old = state.orders.get(id)
+        is_counted = old is not None and record.header_of(old).counted
+        return _order_event(seq, now_ms, "order.put", id, version, encoded, is_counted)
+    # Who completed it has counted that.
+    is_cancelled = value.get("status") == "cancelled"
+    name = "order.cancel" if is_cancelled else "order.complete"
+    return _order_event(seq, now_ms, name, id, version, encoded, not is_cancelled)
+
+
 def _order_event(
     seq: int,
     now_ms: int,
@@ -457,6 +494,15 @@ def _stats_completion(state: State, op: StatsCompletion, rules: Rules, seq: int,
     day = _stats_day(op.at, rules, now_ms)
     count = figures.count_completion(state.sales, day, _oldest(rules, now_ms), figures.money(op.revenue))
     return _stats_event(seq, now_ms, "stats.completion", count)
+
+
+def _stats_take(state: State, op: StatsTake, rules: Rules, seq: int, now_ms: int) -> Event | Answer:
+    given = figures.Sales({day["date"]: day for day in op.days}, op.totals)
+    counts = figures.take(state.sales, given, _oldest(rules, now_ms), replaces=op.replaces)
+    if not counts:
+        return Answer(status=200, seq=seq - 1)
+    events = [Event(op="stats.order", day=count.day, totals=count.totals, oldest=count.oldest) for count in counts]
+    return Event(seq, format_ms(now_ms), "batch", events=events)
 
 
 def _stats_event(seq: int, now_ms: int, name: str, count: figures.Count) -> Event:
@@ -582,7 +628,7 @@ def _with_field_first(encoded: bytes, field: str, value: str | int) -> bytes:
     return b"{%b:%b%b%b" % (orjson.dumps(field), orjson.dumps(value), comma, encoded[1:])
 
 
-def _previous_answer(state: State, op: AnyOp | MessageExpire, key: str, now_ms: int) -> Answer | None:
+def _previous_answer(state: State, op: AnyOp | OwnOp, key: str, now_ms: int) -> Answer | None:
     """The answer that *key* got within the last 24 hours."""
     if not key or len(key) > KEY_CHARS_MAX or not key.isprintable():
         raise InvalidRecord(f"an idempotency key has 1 to {KEY_CHARS_MAX} printable characters")
@@ -606,7 +652,7 @@ def _previous_answer(state: State, op: AnyOp | MessageExpire, key: str, now_ms: 
     )
 
 
-def _retried_answer(state: State, op: AnyOp | MessageExpire, retry: tuple[str, int, int]) -> Answer | None:
+def _retried_answer(state: State, op: AnyOp | OwnOp, retry: tuple[str, int, int]) -> Answer | None:
     """The answer that this op of this request got before."""
     noted = state.retries.find(*retry, type(op).__struct_config__.tag, getattr(op, "id", ""))  # type: ignore[arg-type]
     return None if noted is None else answer_of(noted, noted.seq)
@@ -630,8 +676,11 @@ _DECIDE: dict[type[Any], _Decider] = {
     OrderComplete: _order_complete,
     OrderCancel: _order_cancel,
     OrderDelete: _order_delete,
+    OrderTake: _order_take,
+    OrderRestore: _order_restore,
     StatsOrder: _stats_order,
     StatsCompletion: _stats_completion,
+    StatsTake: _stats_take,
     UserPut: _user_put,
     UserPatch: _user_patch,
     UserDelete: _user_delete,

@@ -91,6 +91,32 @@ def count_completion(sales: Sales, day: str, oldest: str, revenue: Decimal) -> C
     return Count(figures, totals, oldest)
 
 
+def take(sales: Sales, given: Sales, oldest: str, *, replaces: bool = False) -> list[Count]:
+    """What *given*, counted in another place, makes of *sales*; empty when nothing.
+
+    Where nothing was counted yet all of it counts. Otherwise a day of which there is nothing is added, to the totals as
+    well; a day that is there stays, since nobody can tell whether the two counted the same orders. With *replaces* they
+    are the same figures, edited, and what *given* says counts.
+    """
+    known = _totals(sales)
+    is_empty = not sales.days and not any(known.values())
+    kept = {day: figures for day, figures in sorted(given.days.items()) if day >= oldest}
+    totals = {**known, **given.totals} if is_empty or replaces else dict(known)
+    counts: list[Count] = []
+    for day, figures in kept.items():
+        there = sales.days.get(day)
+        if there == figures or (there is not None and not replaces):
+            continue
+        if there is None and not is_empty and not replaces:
+            for total, key in (("allTimeOrders", "totalOrders"), ("allTimeCompleted", "completedOrders")):
+                totals[total] += figures.get(key, 0)
+            totals["allTimeRevenue"] = add_money(totals["allTimeRevenue"], figures.get("totalRevenue", 0))
+        counts.append(Count(figures, dict(totals), oldest))
+    if not counts and totals != known:
+        counts.append(Count(None, totals, oldest))
+    return counts
+
+
 def add_money(first: Any, second: Any) -> int | Decimal:
     """The exact sum; an int when it is whole, as the files of the old bots have it."""
     total = _MONEY.add(Decimal(first), Decimal(second))

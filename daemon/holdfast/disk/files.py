@@ -16,7 +16,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -57,6 +57,9 @@ PIECE_BYTES = 1 << 20
 
 PATIENCE_S = 30.0
 """The longest that the writing of one file is drawn out for the sake of others: far less than passes between two flushes."""
+
+PROBE_BYTES = 256 << 10
+"""Room for this much more is room: less would be full again with the next few ops."""
 
 FREE_BYTES = 4 << 20
 """Of a large file that was replaced, given back to the file system at a time: others wait 2 ms for it, not 60."""
@@ -217,9 +220,13 @@ class Directory:
         except FileNotFoundError:
             pass
 
+    def temporaries(self) -> list[str]:
+        """What is half written, by this process or by one that is gone."""
+        return [name for name in self.names() if _TEMPORARY.fullmatch(name)]
+
     def remove_stale_temporaries(self) -> list[str]:
         """Remove what an earlier process left half written; only under the directory lock."""
-        stale = [name for name in self.names() if _TEMPORARY.fullmatch(name)]
+        stale = self.temporaries()
         for name in stale:
             self.remove(name)
         return stale
@@ -228,6 +235,30 @@ class Directory:
         """Bytes that users other than root may still write, and all bytes, of the file system it is on."""
         found = os.fstatvfs(self._fd)
         return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+
+    def has_room(self, beyond_bytes: int) -> bool:
+        """Whether a file of *beyond_bytes* could grow by PROBE_BYTES: written behind a hole, synced, and removed again."""
+        name = _temporary("room")
+        fd = -1
+        try:
+            self.remove(name)
+            fd = os.open(
+                name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd
+            )
+            data = memoryview(b"\xa5" * PROBE_BYTES)
+            while data:
+                written = os.pwrite(fd, data, beyond_bytes + PROBE_BYTES - len(data))
+                data = data[written:]
+            # Some file systems look for the room only now.
+            os.fsync(fd)
+            return True
+        except OSError:
+            return False
+        finally:
+            if fd >= 0:
+                os.close(fd)
+            with suppress(OSError):
+                self.remove(name)
 
     def sync(self) -> None:
         """Make creations, renames and removals in it durable."""
@@ -369,6 +400,36 @@ class DirectoryLock:
     def abandon(self) -> None:
         """Close the descriptor that a forked child inherited, so that it does not keep the parent's lock alive."""
         os.close(self._fd)
+
+
+@contextmanager
+def kept_from_writers(directory: Path) -> Iterator[None]:
+    """Keep everybody from opening *directory* meanwhile, without changing a byte of it, as long as it has a lock.
+
+    Raises:
+        DirectoryLocked: another process has it open; the message names its PID.
+        DataRefused: what stands in the place of the lock is no file of ours.
+    """
+    path = directory / LOCK_NAME
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield  # never opened by us, so nobody has it open
+        return
+    except OSError as error:
+        raise DataRefused(f"{path} cannot be opened: {error.strerror}; move away what is there") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.read(fd, 32).decode("ascii", "replace").strip() or "unknown"
+        os.close(fd)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise DataRefused(f"{path} cannot be locked: {error.strerror}; use a local file system") from error
+        raise DirectoryLocked(f"process {holder} holds {directory}; stop it first, or ask it") from None
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def prepare_directory(path: Path) -> None:

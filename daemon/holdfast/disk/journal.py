@@ -371,6 +371,40 @@ def read_lines(directory: Path) -> Iterator[JournalLine | Damage]:
         yield history.torn
 
 
+class Segment(NamedTuple):
+    """What one segment holds.
+
+    Attributes:
+        bytes: its size.
+        lines: every event whose checksum holds, in order.
+        torn: an unfinished last write; only of the newest segment.
+        damages: everything else that is wrong.
+    """
+
+    bytes: int
+    lines: list[JournalLine]
+    torn: Damage | None
+    damages: list[Damage]
+
+
+def read_segment(directory: Directory, name: str, *, is_newest: bool) -> Segment:
+    """Read the segment *name* alone; nothing is changed.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    match = SEGMENT_NAME.fullmatch(name)
+    assert match is not None, "a segment is named by a seq"
+    lines: dict[int, bytes] = {}
+    data = _read_segment(directory, name, distrust_cache=False)
+    damages = _take_lines(data, name, int(match[1]), lines)
+    torn = None
+    if damages and is_newest:
+        torn, rest = _split_torn(data, damages.pop())
+        damages += rest
+    return Segment(len(data), [JournalLine(seq, payload) for seq, payload in lines.items()], torn, damages)
+
+
 def _read_segment(directory: Directory, name: str, *, distrust_cache: bool) -> bytes:
     fd = directory.open_to_read(name)
     with os.fdopen(fd, "rb") as file:

@@ -141,18 +141,23 @@ def read_blocks(directory: Directory, name: str, entry: FileEntry) -> Iterator[b
     with os.fdopen(directory.open_to_read(name), "rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size != entry.bytes:
             raise ChecksumMismatchError(name)
-        checksum, rest = 0, b""
-        while block := file.read(_BLOCK_BYTES):
-            checksum = crc32(block, checksum)
-            block = rest + block if rest else block
-            end = block.rfind(_BETWEEN)
-            if end < 0:
-                rest = block
-                continue
-            rest = block[end + 2 :]
-            yield block[2:end] if block.startswith(_OPENING) else block[:end]
-        if f"{checksum:08x}" != entry.crc32:
-            raise ChecksumMismatchError(name)
+        yield from blocks_of(iter(lambda: file.read(_BLOCK_BYTES), b""), name, entry)
+
+
+def blocks_of(pieces: Iterable[bytes], name: str, entry: FileEntry) -> Iterator[bytes]:
+    """As ``read_blocks``, of a file *name* whose content comes in *pieces*."""
+    checksum, rest = 0, b""
+    for block in pieces:
+        checksum = crc32(block, checksum)
+        block = rest + block if rest else block
+        end = block.rfind(_BETWEEN)
+        if end < 0:
+            rest = block
+            continue
+        rest = block[end + 2 :]
+        yield block[2:end] if block.startswith(_OPENING) else block[:end]
+    if f"{checksum:08x}" != entry.crc32:
+        raise ChecksumMismatchError(name)
     if rest.startswith(_OPENING):
         rest = rest[2:]
     rest = rest.removesuffix(_CLOSING)

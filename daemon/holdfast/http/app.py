@@ -85,6 +85,7 @@ class HttpService:
         *lines_dropped*: log lines that could not be written, so far.
         """
         self._engine = engine
+        self._absence = "starting: the data is being loaded"
         self.readiness = readiness
         self.admin = admin
         self.is_stopping = False
@@ -118,7 +119,7 @@ class HttpService:
             Unavailable: it is still loading.
         """
         if self._engine is None:
-            raise Unavailable("starting: the data is being loaded; try again soon")
+            raise Unavailable(f"{self._absence}; try again soon")
         return self._engine
 
     @property
@@ -157,6 +158,23 @@ class HttpService:
     def attach(self, engine: Engine) -> None:
         """Serve *engine* from now on."""
         self._engine = engine
+        # Its figures are those of one engine.
+        self._exposition = None
+
+    async def detach(self, reason: str, timeout_s: float) -> None:
+        """Until ``attach``, answer 503 with this *reason*; the addresses stay. Streams end, requests in flight finish.
+
+        Returns when they are done, or *timeout_s* seconds have passed.
+        """
+        engine, self._engine, self._absence = self._engine, None, reason
+        for connection in list(self._streams):
+            connection.end_stream()
+        if engine is not None:
+            engine.lease_queue.dismiss()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._streams_over.wait()
+                await self.drain()
 
     def reconfigure(self, settings: Settings) -> None:
         """Follow changed settings; the addresses and connections that are open stay."""

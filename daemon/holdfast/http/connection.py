@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Protocol
 
 from aiohttp import web
@@ -22,6 +22,9 @@ from holdfast.settings import LimitSettings
 READ_BUFFER_BYTES = 256 * 1024
 STREAM_BUFFER_BYTES = 256 * 1024
 """What may wait for a reader of a stream, beside what the system buffers."""
+
+PART_BYTES = 64 * 1024
+"""Of a body without a limit, that must come within ``limits.body_timeout``."""
 
 LINGER_S = 2.0
 """How long the rest of a refused request is read away, so that the client sees the reply instead of a reset."""
@@ -249,6 +252,28 @@ class Connection(web.RequestHandler):
                 raise self._body_too_large()
         self.deadline = math.inf
         return b"".join(parts)
+
+    async def body_parts(self, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
+        """The body of the request in hand, part by part and without a limit on its size; read once.
+
+        Raises:
+            RequestTimeout: PART_BYTES of it did not come within ``limits.body_timeout``.
+        """
+        if self.transport is not None and headers.get("Expect", "").lower() == "100-continue":
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        size = PART_BYTES
+        try:
+            while True:
+                if size >= PART_BYTES:
+                    self.deadline = self._loop.time() + self._owner.limits.body_timeout
+                    size = 0
+                part = await self._body.readany()
+                if not part:
+                    return
+                size += len(part)
+                yield part
+        finally:
+            self.deadline = math.inf
 
     # The loop.
 

@@ -6,6 +6,7 @@ Imported at the first scrape: the library takes a tenth of a second, and many ar
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,9 +26,11 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from holdfast import __version__
+from holdfast.care.copies import Copies, CopyState
+from holdfast.care.space import PARTS, SpaceWatch, Usage
 from holdfast.core.state import is_custom_name
 from holdfast.engine import Engine
-from holdfast.measures import EngineMeasures, Gauges, Histogram, HttpMeasures
+from holdfast.measures import BackupFigures, EngineMeasures, Gauges, Histogram, HttpMeasures
 from holdfast.ops import AnyOp
 
 COLLECTIONS_MAX = 100
@@ -116,6 +119,10 @@ class _HoldfastCollector(Collector):
         yield from _record_metrics(gauges, self._engine.measures)
         yield from _follower_metrics(gauges)
         yield from _health_metrics(gauges)
+        yield from _space_metrics(self._engine.space)
+        yield from _backup_metrics(self._engine.backups.figures())
+        yield from _copy_metrics(self._engine.copies)
+        yield from _verify_metrics(self._engine.measures)
         yield from _http_metrics(self._source)
         yield _counter(
             "log_lines_dropped_total",
@@ -259,6 +266,90 @@ def _health_metrics(gauges: Gauges) -> Iterator[Metric]:
         gauges.disk_free_bytes,
     )
     yield _gauge("disk_size_bytes", "Size of the file system of the data directory.", gauges.disk_bytes)
+
+
+def _verify_metrics(measures: EngineMeasures) -> Iterator[Metric]:
+    yield _gauge(
+        "verified_time_seconds",
+        "When the data directory was looked through last, by this process, seconds since 1970; 0 when it was not.",
+        measures.verified_at or 0,
+    )
+    family = _gauges("verify_findings", "What that found, by severity; error and warning are problems.", "severity")
+    for severity in ("notice", "warning", "error"):
+        family.add_metric([severity], measures.verify_findings.get(severity, 0))
+    yield family
+
+
+def _space_metrics(watch: SpaceWatch) -> Iterator[Metric]:
+    space = watch.space
+    yield _gauge(
+        "disk_free_files",
+        "Files that can still be made on that file system; +Inf where it has no limit.",
+        math.inf if space.free_files is None else space.free_files,
+    )
+    yield _gauge(
+        "disk_growth_bytes_per_second",
+        "By how much more of that file system is taken, by whomever, at the rate of the last hours; NaN until that is known.",
+        math.nan if space.grows_bytes_h is None else space.grows_bytes_h / 3600,
+    )
+    yield _gauge(
+        "disk_full_in_seconds",
+        "Until that file system is full at this rate; +Inf when it does not grow, or that is not known yet.",
+        math.inf if space.hours_left is None else space.hours_left * 3600,
+    )
+    taken = _gauges(
+        "part_bytes", "What each part of the data directory takes of the disk, looked at every few minutes.", "part"
+    )
+    files = _gauges("part_files", "How many files each part has.", "part")
+    for name, usage in (watch.parts or dict.fromkeys(PARTS, Usage())).items():
+        taken.add_metric([name], usage.bytes)
+        files.add_metric([name], usage.files)
+    yield taken
+    yield files
+
+
+def _backup_metrics(figures: BackupFigures) -> Iterator[Metric]:
+    yield _gauge(
+        "last_backup_timestamp_seconds",
+        "When the newest backup was taken, also by an earlier process, seconds since 1970; 0 when there is none.",
+        figures.taken_ms / 1000,
+    )
+    yield _gauge("last_backup_succeeded", "0 when the last backup of this process failed, else 1.", figures.is_last_ok)
+    yield _gauge(
+        "last_backup_seconds", "What the last backup of this process took, with its proof.", figures.duration_s
+    )
+    yield _gauge(
+        "last_backup_proof_timestamp_seconds",
+        "When loading everything from the newest backup was tried last, seconds since 1970; 0 when it was not.",
+        figures.proved_ms / 1000,
+    )
+    yield _gauge(
+        "last_backup_proved",
+        "0 when not everything could be loaded from the newest backup, else 1.",
+        figures.is_proof_ok,
+    )
+    yield _counter("backup_failures_total", "Backups of this process that failed.", figures.failures)
+    yield _gauge("backups", "How many backups there are.", figures.sets)
+    yield _gauge("backup_bytes", "What they take, files that several of them share counted once.", figures.bytes)
+    yield _gauge(
+        "history_bytes",
+        "Size of the packed journal behind the backups, from which any moment is restored.",
+        figures.history_bytes,
+    )
+    yield _gauge("history_kept", "0 when it was given up for want of room, else 1.", figures.is_history_kept)
+
+
+def _copy_metrics(copies: Copies | None) -> Iterator[Metric]:
+    state = CopyState() if copies is None else copies.state
+    yield _gauge(
+        "backup_copy_timestamp_seconds",
+        "When the newest backup was made that stands at the second place, seconds since 1970; 0 when there is none.",
+        state.newest_ms / 1000,
+    )
+    yield _gauge("backup_copies", "Backups at the second place.", state.sets)
+    yield _counter("backup_copied_total", "Backups that were brought to the second place.", state.copied)
+    yield _counter("backup_copy_failures_total", "Tries to do so that failed.", state.failures)
+    yield _gauge("backup_copy_succeeded", "0 when the last try failed, else 1.", not state.failure)
 
 
 def _http_metrics(source: Source) -> Iterator[Metric]:

@@ -67,6 +67,7 @@ TAGS = {
     "batch": "Many ops in one request.",
     "stats": "Sales figures, and how much there is.",
     "events": "Every change as it becomes durable.",
+    "export": "All data, as files.",
     "admin": "What operators ask.",
     "service": "Health, metrics, and this document.",
 }
@@ -245,7 +246,10 @@ class _Builder:
     def _request_body(self, body: Body, method: str) -> _Schema:
         media = {"schema": self._schema_of[id(body.type)], "example": body.example}
         media_types = [JSON, PATCH_TYPE] if method == "PATCH" else [JSON]
-        return {"required": body.is_required, "content": dict.fromkeys(media_types, media)}
+        content = dict.fromkeys(media_types, media)
+        if body.other_type is not None:
+            content[body.other_type] = {}
+        return {"required": body.is_required, "content": content}
 
     def _answer(self, outcome: Outcome) -> _Schema:
         answer: _Schema = {"description": outcome.about}
@@ -368,6 +372,8 @@ def _structs(info: msgspec.inspect.Type) -> Iterable[type[Any]]:
                 yield from _structs(one)
         case msgspec.inspect.ListType():
             yield from _structs(info.item_type)
+        case msgspec.inspect.DictType():
+            yield from _structs(info.value_type)
         case msgspec.inspect.Metadata():
             yield from _structs(info.type)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote_to_bytes
 
@@ -130,6 +131,15 @@ class Request:
             raise UnsupportedMediaType("expected a body that is not compressed; send it without Content-Encoding")
         arrived = self._connection.arrived_body()
         return await self._connection.read_body(self.headers) if arrived is None else arrived
+
+    def parts(self) -> AsyncIterator[bytes]:
+        """The body as it comes, of any size and kind, for who stores it elsewhere.
+
+        Raises, while it is read:
+            RequestTimeout: nothing of it came within ``limits.body_timeout``.
+            ConnectionError: the client went away.
+        """
+        return self._connection.body_parts(self.headers)
 
     def _check_content_type(self, content_type: str) -> None:
         media_type, _, parameters = content_type.lower().partition(";")

@@ -18,16 +18,23 @@ from typing import Any, NoReturn
 import structlog
 
 from holdfast import __version__
+from holdfast.care import backup, verify
+from holdfast.care.copies import CLOSE_S, Copies
+from holdfast.care.restore import RestorePlan, RestoreState, Target
 from holdfast.care.retention import CHECK_EVERY_S, Daily
+from holdfast.care.seal import AgeSeal
+from holdfast.care.space import LOOK_EVERY_S
 from holdfast.engine import Engine
 from holdfast.errors import HoldfastError, SettingsError, Unavailable
 from holdfast.http.app import HttpService
 from holdfast.ops import FlushReport
 from holdfast.recovery import open_engine
 from holdfast.service.flusher import FlushQueue
+from holdfast.service.inbox import InboxService
 from holdfast.service.logging import Log, secure_standard_descriptors
+from holdfast.service.restoring import Restores
 from holdfast.service.shutdown import FinalStep, ShutdownManager
-from holdfast.service.supervisor import Interval, Supervisor, reason_of, unexpected
+from holdfast.service.supervisor import Interval, Supervisor, reason_of, stop_service, unexpected
 from holdfast.service.systemd import Notifier, inherited_sockets
 from holdfast.service.threads import in_thread
 from holdfast.service.watch import FileWatch
@@ -53,6 +60,9 @@ LOAD_CANCEL_S = 1.5
 GC_THRESHOLDS = (20_000, 10, 20)
 """Nearly everything here is freed by its reference count; the ops of one batch alone are more objects than the 700
 after which Python would look for cycles."""
+
+PAUSE_S = 5.0
+"""What requests in flight get to finish before a restore takes the data away."""
 
 LOG_DRAIN_S = 2.0
 BARRIER_S = 1.0
@@ -126,6 +136,8 @@ class _Daemon:
         self._shutdown = ShutdownManager(
             timeout_s=self._settings.shutdown_timeout, notifier=notifier, last_resort=self._give_up
         )
+        self._restores = Restores(lambda: self._shutdown.is_requested)
+        self._is_restoring = False
         self._engine: Engine | None = None
         self._http: HttpService | None = None
         self._flush_interval: Interval | None = None
@@ -140,14 +152,9 @@ class _Daemon:
             return self.failed(error)
         if engine is None:
             return 0 if await self._shutdown.stop() else EXIT_FAILED
-        # What was loaded is looked at no more: a million ids would hold up every full collection for 75 ms.
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
-        engine.on_broken = self._journal_broke
-        self._engine = engine
+        self._take(engine)
         # The final flush, then the journal closed and the lock released, whatever the flush said.
-        self._shutdown.final_steps.append(FinalStep("engine", engine.close))
-        self._flusher = FlushQueue(engine)
+        self._shutdown.final_steps.append(FinalStep("engine", self._close_engine))
         http = HttpService(
             engine,
             self._settings,
@@ -156,20 +163,15 @@ class _Daemon:
             sockets=self._sockets or None,
             lines_dropped=lambda: self._log_output.lines_dropped,
         )
-        self._flush_interval = Interval("flush", self._settings.flush_every, self._flush_regularly)
-        supervisor = Supervisor()
-        # Started from first to last, stopped from last to first.
-        supervisor.add(self._flusher)
-        supervisor.add(self._flush_interval)
-        supervisor.add(Interval("size check", SIZE_CHECK_EVERY_S, self._flush_when_large))
-        supervisor.add(Interval("expire", EXPIRE_EVERY_S, engine.expire))
-        retention = Daily(engine, lambda: self._shutdown.is_requested)
-        supervisor.add(Interval("retention", CHECK_EVERY_S, retention.run_when_due))
-        supervisor.add(Interval("status", STATUS_EVERY_S, self._tell_status))
-        supervisor.add(FileWatch(self._loaded.watch, self._reload_when_changed))
-        supervisor.add(_Http(http))
+        supervisor = self._services_of(engine)
+        front = Supervisor([FileWatch(self._loaded.watch, self._reload_when_changed), _Http(http)])
         try:
             await supervisor.start()
+            try:
+                await front.start()
+            except BaseException:
+                await _stop_all(supervisor)
+                raise
         except Exception as error:
             await in_thread("close", lambda: engine.close(flush=False))
             # An address that cannot be used now may be free in a moment: not the exit code after which nobody tries again.
@@ -178,13 +180,21 @@ class _Daemon:
         serving = self._serve_signals(noted)
         self._ready()
 
-        await self._shutdown.requested()
+        while not await self._stops_before_restore():
+            try:
+                supervisor = await self._restore_and_start(supervisor, http)
+            except Exception as error:
+                await _stop_all(front)
+                return self.failed(error)
         for task in serving:
             task.cancel()
+        if self._engine is not None:
+            # Whoever waits for a backup over HTTP is not waited for.
+            self._engine.backups.cancel()
         clean = await self._shutdown.stop(
             stop_accepting=http.stop_accepting,
             finish_requests=http.drain,
-            services=supervisor.running,
+            services=(*supervisor.running, *front.running),
         )
         if clean:
             return 0
@@ -192,6 +202,94 @@ class _Daemon:
             "daemon.failed", reason=f"the stop was not clean: {self._shutdown.failure}", exit_code=EXIT_FAILED
         )
         return EXIT_FAILED
+
+    def _take(self, engine: Engine) -> None:
+        """Serve *engine* from now on."""
+        # What was loaded is looked at no more: a million ids would hold up every full collection for 75 ms.
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        engine.on_broken = self._journal_broke
+        self._engine = engine
+
+    def _close_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+    def _services_of(self, engine: Engine) -> Supervisor:
+        """What runs beside *engine*: started from first to last, stopped from last to first, before it is closed."""
+        self._flusher = FlushQueue(engine)
+        self._flush_interval = Interval("flush", self._settings.flush_every, self._flush_regularly)
+        supervisor = Supervisor()
+        supervisor.add(self._flusher)
+        supervisor.add(self._flush_interval)
+        supervisor.add(Interval("size check", SIZE_CHECK_EVERY_S, self._flush_when_large))
+        supervisor.add(Interval("expire", EXPIRE_EVERY_S, engine.expire))
+        retention = Daily(engine, lambda: self._shutdown.is_requested)
+        supervisor.add(Interval("retention", CHECK_EVERY_S, retention.run_when_due))
+        supervisor.add(_BackingUp(engine))
+        verifying = verify.Daily(engine, lambda: self._shutdown.is_requested)
+        supervisor.add(Interval("verify", verify.DAILY_CHECK_S, verifying.run_when_due))
+        supervisor.add(Interval("disk", LOOK_EVERY_S, lambda: engine.look_at_disk(lambda: self._shutdown.is_requested)))
+        supervisor.add(_Copying(engine))
+        supervisor.add(Interval("status", STATUS_EVERY_S, self._tell_status))
+        supervisor.add(
+            InboxService(engine, progress=self._note_long_start, is_stopping=lambda: self._shutdown.is_requested)
+        )
+        return supervisor
+
+    # Restore.
+
+    async def _stops_before_restore(self) -> bool:
+        """Wait until a stop is requested, or a restore wants the daemon to pause; whether it is the stop."""
+        waiting = [asyncio.create_task(self._shutdown.requested()), asyncio.create_task(self._restores.is_due.wait())]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        return self._shutdown.is_requested
+
+    async def _restore_and_start(self, supervisor: Supervisor, http: HttpService) -> Supervisor:
+        """Stop what runs beside the engine, put the restored state in its place, start again; what runs then.
+
+        The process, its addresses and its connections stay. When a stop is requested meanwhile nothing runs.
+        """
+        # Settings that change now wait for the new engine.
+        async with self._reload_lock:
+            self._notifier.reloading()
+            self._notifier.status("restoring a backup")
+            self._is_restoring = True
+            await http.detach("restoring a backup", PAUSE_S)
+            await _stop_all(supervisor)
+            await in_thread("restore", self._swap)
+            # What was frozen in memory may be in cycles, and is needed no more.
+            gc.unfreeze()
+            gc.collect()
+            engine = await self._load()
+            self._is_restoring = False
+            if engine is None:
+                return Supervisor()
+            self._take(engine)
+            supervisor = self._services_of(engine)
+            try:
+                await supervisor.start()
+            except Exception:
+                await in_thread("close", lambda: engine.close(flush=False))
+                raise
+            http.attach(engine)
+            self._notifier.ready(self._status_line())
+        self._concluding = asyncio.create_task(self._restores.conclude(engine))
+        return supervisor
+
+    def _swap(self) -> None:
+        engine, self._engine = self._engine, None
+        assert engine is not None
+        now_ms = engine.now_ms()
+        try:
+            engine.close()
+        except (HoldfastError, OSError) as error:
+            # All is in the journal; what is not in the snapshots would be lost to the swap.
+            self._restores.fail(error)
+            return
+        self._restores.swap(now_ms)
 
     # Start.
 
@@ -227,6 +325,11 @@ class _Daemon:
     def _note_progress(self, progress: str) -> None:
         self._progress = progress
         self._notifier.status(progress)
+
+    def _note_long_start(self, progress: str) -> None:
+        """May be called from any thread."""
+        self._notifier.extend_timeout(LOAD_EXTEND_S)
+        self._note_progress(progress)
 
     def _ready(self) -> None:
         assert self._http is not None
@@ -296,9 +399,10 @@ class _Daemon:
 
     async def _give_signs_of_life(self, watchdog_s: float) -> None:
         """From the event loop, so that a blocked loop is noticed; only while the journal moves, so that this is, too."""
-        assert self._engine is not None
         while True:
-            if time.monotonic() - self._engine.journal_progress() < watchdog_s:
+            # While a restore swaps the data there is none, and the loop alone is a sign of life.
+            engine = self._engine
+            if engine is None or time.monotonic() - engine.journal_progress() < watchdog_s:
                 self._notifier.watchdog()
             await asyncio.sleep(watchdog_s / 2)
 
@@ -313,6 +417,8 @@ class _Daemon:
 
     def readiness(self) -> dict[str, Any]:
         """The state of the process, and what is wrong with its data."""
+        if self._is_restoring:
+            return {"state": "RESTORING", "reasons": []}
         return {"state": str(self._shutdown.state), "reasons": list(self._engine.degraded) if self._engine else []}
 
     async def flush(self, reason: str = "api") -> FlushReport:
@@ -329,10 +435,22 @@ class _Daemon:
         """
         return await self._reload(tell_always=True)
 
+    def restore(self, target: Target, planned: RestorePlan, seal: AgeSeal | None) -> RestoreState:
+        """Begin to restore everything; errors as ``Restores.begin``."""
+        if self._engine is None:
+            raise Unavailable("restoring a backup; try again soon")
+        return self._restores.begin(self._engine, target, planned, seal)
+
+    def restore_state(self) -> RestoreState:
+        """How the restore under way, or the last one, stands."""
+        return self._restores.state
+
     def status(self) -> dict[str, Any]:
         """Everything an operator asks first. May be called from any thread."""
-        assert self._engine is not None
-        return self._engine.status() | {
+        engine = self._engine
+        if engine is None:
+            raise Unavailable("restoring a backup; try again soon")
+        return engine.status() | {
             "state": str(self._shutdown.state),
             "version": __version__,
             "pid": os.getpid(),
@@ -393,6 +511,12 @@ class _Daemon:
         os._exit(EXIT_FAILED)
 
 
+async def _stop_all(supervisor: Supervisor) -> None:
+    """Stop what *supervisor* has started, newest first."""
+    for service in reversed(supervisor.running):
+        await stop_service(service.name, service.stop, service.stop_deadline_s)
+
+
 class _Http:
     """The HTTP service, as the supervisor sees it: last started, first stopped."""
 
@@ -402,6 +526,37 @@ class _Http:
     def __init__(self, http: HttpService) -> None:
         self.start = http.start
         self.stop = http.stop
+
+
+class _BackingUp(Interval):
+    """The daily backup and its proof; one under way is broken off by a stop, and leaves nothing half made."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__("backup", backup.CHECK_EVERY_S, engine.backups.run_when_due)
+        self._backups = engine.backups
+
+    async def stop(self) -> None:
+        """Break off what is under way."""
+        self._backups.cancel()
+        await super().stop()
+
+
+class _Copying:
+    """The copies of the backups, as a service; what is half way to the second place when it stops is done again later."""
+
+    name = "backup copies"
+    stop_deadline_s = CLOSE_S + 1.0
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._copies = Copies(engine.settings.data_dir, lambda: engine.settings, engine.now_ms, structlog.get_logger())
+
+    async def start(self) -> None:
+        self._engine.copies = self._copies
+        self._copies.start()
+
+    async def stop(self) -> None:
+        await in_thread(self.name, self._copies.close)
 
 
 async def _act_when_noted(noted: asyncio.Event, action: Callable[[], Awaitable[object]]) -> None:

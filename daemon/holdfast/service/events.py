@@ -49,6 +49,8 @@ EVENTS: dict[str, Event] = {
             "snapshot_bytes",
             "durability",
             "last_flush",
+            "disk",
+            "parts",
             "degraded",
         ),
     ),
@@ -75,6 +77,12 @@ EVENTS: dict[str, Event] = {
         "it was made anew from memory, from what could be read of the old one, and from the journal",
         ("conversations", "messages", "salvaged", "lost_messages"),
     ),
+    "archive.condensed": Event(
+        "texts of archived conversations were packed", ("messages", "bytes_before", "bytes_after", "duration_ms")
+    ),
+    "data.compacted": Event(
+        "room that nothing used was given back", ("freed_bytes", "condensed_messages", "duration_ms")
+    ),
     "archive.stalled": Event("it cannot be written for now; the journal keeps what it needs", ("reason", "action")),
     "archive.resumed": Event("it can be written again", ()),
     "archive.failed": Event("a fault inside Holdfast; it is tried again", ("reason", "exception")),
@@ -90,12 +98,42 @@ EVENTS: dict[str, Event] = {
         ("reason", "exception"),
     ),
     "mirror.resumed": Event("all of it could be written again"),
+    "data.migrated": Event(
+        "the data directory is of the present format now; the backup is of the old one",
+        ("from_format", "to_format", "steps", "backup", "duration_ms"),
+    ),
+    "data.mended": Event(
+        "`holdfast mend` put right what it could; the backup is of before", ("backup", "steps", "problems")
+    ),
+    "data.verified": Event(
+        "the data directory was looked through; nothing is wrong", ("reason", "deep", "duration_ms")
+    ),
+    "data.verify_failed": Event(
+        "something is wrong in the data directory; /readyz says degraded until it is verified again",
+        ("reason", "deep", "count", "parts", "action", "duration_ms"),
+    ),
     "retention.completed": Event(
         "conversations and messages were let go because of their age",
         ("reason", "archived", "conversations", "messages_deleted", "bytes_freed", "held", "duration_ms"),
     ),
     "retention.idle_removed": Event("conversations idle for long were removed", ("deleted", "errors", "held")),
     "flush.failed": Event("the snapshots are as before; the journal has everything", ("reason", "error")),
+    "recovery.candidate_found": Event(
+        "what a backup has of a damaged file; the one that brings back most is used, an exact one before all others",
+        ("file", "source", "at", "records", "is_exact", "salvaged", "lost_with_file"),
+    ),
+    "restore.started": Event("a state is being prepared beside the present one", ("source", "at", "seq")),
+    "restore.completed": Event(
+        "the data is what a backup, or a moment, held; `after_crash`: a start finished what was decided before",
+        ("source", "at", "seq", "saved_as", "counts", "duration_ms", "after_crash"),
+    ),
+    "restore.failed": Event(
+        "nothing was restored, for this reason; the data is what it was", ("source", "reason", "exception")
+    ),
+    "restore.backup_failed": Event(
+        "the restored state could not be backed up: moments from then on are not reached before the next backup",
+        ("reason",),
+    ),
     "journal.tail_dropped": Event(
         "an unfinished last write was cut off; it was never acknowledged", ("bytes", "segment")
     ),
@@ -114,6 +152,54 @@ EVENTS: dict[str, Event] = {
     "snapshot.edit_kept": Event(
         "somebody changed a snapshot file while we ran; a copy was kept before it was replaced", ("file", "kept_in")
     ),
+    "snapshot.edit_merged": Event(
+        "what somebody changed in a snapshot file while we ran was taken over; *missing* records are not deleted by that",
+        ("file", "added", "newer", "older", "refused", "missing", "reason"),
+    ),
+    "snapshot.removed": Event("somebody removed a snapshot file while we ran; it is written anew", ("file",)),
+    "inbox.merged": Event(
+        "a file in the inbox was merged, and put into `inbox/done/`",
+        ("file", "added", "newer", "older", "same", "conflicting", "messages"),
+    ),
+    "inbox.rejected": Event(
+        "a file in the inbox could not be taken; it is in `inbox/rejected/` with a report", ("file", "reason")
+    ),
+    "inbox.postponed": Event("a file in the inbox waits for room; it is tried again", ("file", "reason")),
+    "inbox.failed": Event("the inbox or the snapshot files could not be looked at", ("reason", "exception")),
+    "inbox.watch_degraded": Event(
+        "the system refused to watch the inbox; it is looked at twice a second all the same", ("reason", "poll_s")
+    ),
+    "backup.completed": Event(
+        "a backup was made; *notes* say what could not be had, and so is not in it",
+        ("backup", "reason", "seq", "bytes", "new_bytes", "notes", "duration_ms"),
+    ),
+    "backup.failed": Event("no backup could be made; it is tried again", ("reason", "error")),
+    "backup.proved": Event("everything was loaded from a backup", ("backup", "duration_ms")),
+    "backup.proof_failed": Event(
+        "a backup does not give everything back, or that could not be tried; another one is made soon",
+        ("backup", "reason", "is_tried"),
+    ),
+    "backups.rotated": Event("backups that need not be kept any more were removed", ("removed", "kept")),
+    "backups.rotation_failed": Event("they could not be removed; it is tried again with the next backup", ("reason",)),
+    "history.given_up": Event(
+        "the disk is short of room, so the history behind the backups was removed",
+        ("first_seq", "last_seq", "reason"),
+    ),
+    "history.resumed": Event("there is room again: the history is kept from this event on", ("after_seq",)),
+    "history.gap_found": Event("events that the history should keep cannot be read", ("first_seq", "last_seq")),
+    "history.failed": Event("the history could not be kept for now; it is tried again", ("reason", "exception")),
+    "backup.copied": Event(
+        "a backup stands at the second place as well", ("name", "place", "files", "bytes", "duration_ms")
+    ),
+    "backup.copy_failed": Event(
+        "the second place could not be read or written; it is tried again, later and later",
+        ("reason", "place", "retry_s"),
+    ),
+    "disk.filling": Event(
+        "the disk is nearly full, or will be within a day at the present rate",
+        ("free_bytes", "hours_left", "free_files"),
+    ),
+    "disk.room_returned": Event("there is enough room again", ("free_bytes",)),
     "journal.sync_slow": Event("the disk took long to sync; told at most every 30 s", ("duration_ms",)),
     "journal.disk_filled": Event("the disk is full: writes are refused, reads go on", ("action",)),
     "journal.writes_resumed": Event("there is room again, writes are taken again"),

@@ -130,6 +130,74 @@ class FileWatch:
             return
 
 
+class DirectoryWatch:
+    """Notices at once what comes into one directory; by polling where the system refuses to tell.
+
+    Not a service: whoever uses it looks for himself now and then, and is only woken earlier.
+
+    Attributes:
+        noticed: set, in the loop that called ``start``, when something has happened.
+    """
+
+    def __init__(self, directory: Path, *, observer: Callable[[], Any] = Observer) -> None:
+        """*observer* makes the watchdog observer that is tried first."""
+        self._directory = directory
+        self._make_observer = observer
+        self._observer: Any = None
+        self._complete: set[str] = set()
+        self.noticed = asyncio.Event()
+        self._log = structlog.get_logger()
+
+    def start(self) -> None:
+        """Begin; what was there before is not noticed."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._watch(self._make_observer())
+        except OSError as error:
+            self._log.warning("inbox.watch_degraded", reason=str(error), poll_s=POLL_S)
+
+    def take_complete(self) -> set[str]:
+        """The names that were moved in, or closed by who wrote them, since this was asked last."""
+        complete, self._complete = self._complete, set()
+        return complete
+
+    def stop(self) -> None:
+        """End."""
+        if self._observer is not None:
+            _end(self._observer)
+            self._observer = None
+
+    def _watch(self, observer: Any) -> None:
+        try:
+            observer.schedule(_CompleteHandler(self._notice), str(self._directory))
+            observer.start()
+        except BaseException:
+            _end(observer)
+            raise
+        self._observer = observer
+
+    def _notice(self, path: str | bytes) -> None:
+        """Called from watchdog's thread."""
+        self._complete.add(os.path.basename(os.fsdecode(path)))
+        try:
+            self._loop.call_soon_threadsafe(self.noticed.set)
+        except RuntimeError:
+            # The loop is closed: the process ends.
+            return
+
+
+class _CompleteHandler(FileSystemEventHandler):
+    def __init__(self, notice: Callable[[str | bytes], None]) -> None:
+        self._notice = notice
+
+    def on_closed(self, event: FileSystemEvent) -> None:
+        self._notice(event.src_path)
+
+    def on_moved(self, event: FileSystemEvent) -> None:
+        if event.dest_path:
+            self._notice(event.dest_path)
+
+
 class _Handler(FileSystemEventHandler):
     def __init__(self, notice: Callable[[], None]) -> None:
         self._notice = notice

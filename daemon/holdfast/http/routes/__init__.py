@@ -10,8 +10,10 @@ from holdfast.errors import InvalidRecord, MethodNotAllowed, NotFound
 from holdfast.http.reply import Reply
 from holdfast.http.request import Request, decoded_segment
 from holdfast.http.routes import (
+    backup,
     batch,
     cleanup,
+    compact,
     conversations,
     document,
     escalations,
@@ -19,9 +21,12 @@ from holdfast.http.routes import (
     metrics,
     orders,
     records,
+    restore,
     sessions,
     stats,
     status,
+    transfer,
+    verify,
 )
 from holdfast.http.routes.backend import Backend
 from holdfast.http.routes.kinds import Paths, Place, RecordHandler
@@ -62,12 +67,19 @@ _FIXED: Mapping[tuple[str, ...], Methods[Handler]] = {
     ("v1", "batch"): {"POST": batch.batch},
     ("v1", "collections"): {"GET": records.names},
     ("v1", "events"): {"GET": events.events},
+    ("v1", "export"): {"GET": transfer.export},
     ("v1", "stats", "sales"): {"GET": stats.sales},
     ("v1", "stats", "storage"): {"GET": stats.storage},
     ("v1", "admin", "status"): {"GET": status.report},
+    ("v1", "admin", "backup"): {"POST": backup.backup},
+    ("v1", "admin", "backups"): {"GET": backup.backups},
     ("v1", "admin", "cleanup"): {"POST": cleanup.cleanup},
+    ("v1", "admin", "compact"): {"POST": compact.compact_data},
     ("v1", "admin", "flush"): {"POST": status.flush},
+    ("v1", "admin", "import"): {"POST": transfer.import_},
     ("v1", "admin", "reload"): {"POST": status.reload},
+    ("v1", "admin", "restore"): {"GET": restore.state, "POST": restore.begin},
+    ("v1", "admin", "verify"): {"POST": verify.verify},
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -303,6 +303,46 @@ class Cleaned(msgspec.Struct, frozen=True, kw_only=True):
     storage: dict[str, Any] = {}
 
 
+class VerifyFinding(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was looked at.
+
+    Attributes:
+        severity: `error` is data lost or at risk, `warning` needs somebody's hand, `notice` is good to know.
+        part: of the data directory.
+        found: what is so.
+        expected: what should be so; empty where it is.
+        action: what to do; empty where there is nothing to be done.
+        mend: what `holdfast mend` does about it on a stopped directory; empty when it does nothing.
+        path: of the file that it is about, where mending needs to know it.
+    """
+
+    severity: Literal["ok", "notice", "warning", "error"]
+    part: str
+    found: str
+    expected: str = ""
+    action: str = ""
+    mend: str = ""
+    path: str = ""
+
+
+class Verified(msgspec.Struct, frozen=True, kw_only=True):
+    """What a verification found.
+
+    Attributes:
+        at: when it began.
+        is_running: whether the directory was in use.
+        is_deep: whether the backups were loaded.
+        findings: in the order of the parts; at least one of each.
+    """
+
+    at: Moment
+    data_dir: str
+    is_running: bool
+    is_deep: bool
+    duration_ms: float
+    findings: list[VerifyFinding]
+
+
 class Health(msgspec.Struct, frozen=True):
     """The event loop runs."""
 
@@ -343,6 +383,30 @@ class Reloaded(msgspec.Struct, frozen=True):
     needs_restart: list[str] = []
 
 
+class DiskReport(msgspec.Struct, frozen=True):
+    """The file system of the data directory.
+
+    Attributes:
+        free_bytes, size_bytes: for users other than root.
+        free_files: files that can still be made; null where there is no limit.
+        grows_bytes_h: by how much more is taken each hour at the rate of the last ones; null when that is not known yet.
+        hours_left: until it is full at that rate; null when it is not known, or does not grow.
+    """
+
+    free_bytes: Count
+    size_bytes: Count
+    free_files: Count | None
+    grows_bytes_h: int | None
+    hours_left: float | None
+
+
+class PartReport(msgspec.Struct, frozen=True):
+    """What a part of the data directory takes of the disk."""
+
+    bytes: Count
+    files: Count
+
+
 class StatusReport(msgspec.Struct, frozen=True):
     """Counts, seqs, sizes, uptime, last flush.
 
@@ -353,6 +417,7 @@ class StatusReport(msgspec.Struct, frozen=True):
         snapshot_seq: the snapshot files hold every change up to here.
         archived_seq: the archive holds every change of conversations up to here.
         collections: records in each custom collection.
+        parts: what each part of the data directory takes, looked at every few minutes.
         degraded: what is wrong with the data all the same.
     """
 
@@ -380,4 +445,6 @@ class StatusReport(msgspec.Struct, frozen=True):
     snapshot_bytes: Count
     durability: Durability
     last_flush: FlushReport | None
+    disk: DiskReport
+    parts: dict[str, PartReport]
     degraded: list[str]

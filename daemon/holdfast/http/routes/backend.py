@@ -11,6 +11,8 @@ from holdfast.settings import Settings
 from holdfast.values import ValueLimits
 
 if TYPE_CHECKING:
+    from holdfast.care.restore import RestorePlan, RestoreState, Target
+    from holdfast.care.seal import AgeSeal
     from holdfast.engine import Engine
     from holdfast.ops import FlushReport
 
@@ -23,6 +25,12 @@ class Admin(Protocol):
 
     async def reload(self) -> Mapping[str, Any]:
         """Read the settings again; raises SettingsError when they are invalid, and the old ones stay."""
+
+    def restore(self, target: Target, planned: RestorePlan, seal: AgeSeal | None) -> RestoreState:
+        """Begin to restore everything; raises Conflict while another restore is under way. On the event loop."""
+
+    def restore_state(self) -> RestoreState:
+        """How the restore under way, or the last one, stands."""
 
     def status(self) -> Mapping[str, Any]:
         """Counts, seqs, sizes, uptime, last flush."""

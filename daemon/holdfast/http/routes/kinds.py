@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from holdfast.http.reply import Reply
 from holdfast.http.request import Request
 from holdfast.http.routes.backend import Backend
-from holdfast.http.routes.fields import CURSOR, LIMIT, SINCE
+from holdfast.http.routes.fields import CURSOR, LIMIT, SINCE, UNTIL
 from holdfast.http.routes.route import Field, Methods
 
 
@@ -40,7 +40,7 @@ class Kind(NamedTuple):
     patch: Any
     delete: Any
     example: Example
-    list_query: tuple[Field, ...] = (LIMIT, CURSOR, SINCE)
+    list_query: tuple[Field, ...] = (LIMIT, CURSOR, SINCE, UNTIL)
     takes_lease: bool = False
     is_custom: bool = False
 

@@ -8,7 +8,7 @@ from holdfast.http.reply import Reply
 from holdfast.http.request import Request
 from holdfast.http.routes.backend import Backend
 from holdfast.http.routes.changes import BODY_ERRORS, CHANGE_ERRORS, OptionalBody, body_of, commit, op_fields, written
-from holdfast.http.routes.fields import CONDITIONAL, CURSOR, DURABILITY_QUERY, LIMIT, SINCE, STATE
+from holdfast.http.routes.fields import CONDITIONAL, CURSOR, DURABILITY_QUERY, LIMIT, SINCE, STATE, UNTIL
 from holdfast.http.routes.kinds import Example, Kind, Place
 from holdfast.http.routes.records import paths_of
 from holdfast.http.routes.route import Body, route
@@ -79,7 +79,7 @@ PATHS = paths_of(
             {"recipientPhone": "573001234567", "productType": "music"},
             {"capacity": "64GB"},
         ),
-        list_query=(LIMIT, CURSOR, SINCE, STATE),
+        list_query=(LIMIT, CURSOR, SINCE, UNTIL, STATE),
     ),
     {"complete": {"POST": complete}, "cancel": {"POST": cancel}},
 )

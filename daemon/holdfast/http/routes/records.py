@@ -61,6 +61,7 @@ async def page(backend: Backend, request: Request, place: Place) -> Reply:
         cursor=query.get("cursor"),
         since_ms=moment_ms(query, backend),
         state=query.get("state"),
+        until_ms=moment_ms(query, backend, "until"),
     )
     return page_reply(found)
 

@@ -38,11 +38,13 @@ class Body(NamedTuple):
     Attributes:
         type: what it is decoded as.
         example: its JSON value.
+        other_type: a media type that it may have instead; then it is no JSON.
     """
 
     type: Any
     example: Any
     is_required: bool = True
+    other_type: str | None = None
 
 
 class Outcome(NamedTuple):

@@ -1,0 +1,986 @@
+"""Going back to a backup, or to a moment: planned first, prepared beside the present, then swapped in whole.
+
+The files of the set, and the events up to the moment, are laid out in ``restore/`` and recovered there as a start would do it,
+strictly. Then the new state is given a place in time above every event of the present (no seq is used twice), and takes the
+place of the present as ``swap`` says. Until then nothing of the present is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
+from datetime import tzinfo
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import orjson
+
+from holdfast import record
+from holdfast.archive.base import ArchiveDamaged, ArchiveError
+from holdfast.archive.place import ARCHIVE, COMPACTED, REBUILT
+from holdfast.archive.sqlite import open_sqlite
+from holdfast.care import swap
+from holdfast.care.backup_set import BACKUPS, BackupSet, SetDamaged, extract, list_sets
+from holdfast.care.history import JOURNAL, History, HistoryGap, at_of
+from holdfast.care.packing import PACKED, SEALED, Seal, pack
+from holdfast.care.rewind import SALES, collection_in, journal_of, present_of, state_of
+from holdfast.care.seal import AgeSeal, writing_seal
+from holdfast.checksum import crc32
+from holdfast.clock import format_ms, parse_ms
+from holdfast.core.decide import activity_ms
+from holdfast.core.rules import Rules
+from holdfast.core.sales import encode_sales
+from holdfast.core.state import COMPLETED_ORDERS, CONVERSATIONS, ESCALATIONS, ORDERS, SESSIONS, USERS, State
+from holdfast.disk.files import Directory, prepare_directory
+from holdfast.disk.journal import JournalLine, encode_line, read_history, segment_name
+from holdfast.disk.snapshot import (
+    FORMAT_VERSION,
+    MANIFEST,
+    MANIFEST_NEXT,
+    Manifest,
+    encode_manifest,
+    read_manifest,
+)
+from holdfast.engine import Engine, rules_of
+from holdfast.errors import BadRequest, DataRefused, HoldfastError, NotFound, StorageFull, Unavailable
+from holdfast.flush import FILE_OF, SALES_FILE
+from holdfast.ops import Record
+from holdfast.settings import Settings
+
+LATEST = "latest"
+"""In the place of a set's name: the newest one that can be read."""
+
+COMPARED = (SESSIONS, ORDERS, COMPLETED_ORDERS, USERS, CONVERSATIONS, ESCALATIONS)
+"""The collections that a plan always shows; custom ones follow when they hold something."""
+
+ROOM_SHARE = 1.2
+"""So many times the size of a set must be free to prepare it: its files are written anew by the recovery."""
+
+ARCHIVE_WAIT_S = 600.0
+"""The longest that the archive of a prepared state gets to catch up with its journal."""
+
+RESTORES, RESTORES_MAX = "restores.json", 1_000
+"""In ``backups/``: the seqs that restored states have, which no event has; and how many of them are known."""
+
+_NAMES_SHOWN = 10
+_ARCHIVE_COMPANIONS = ("-wal", "-shm", "-journal")
+_MIRROR_STATE = "_mirror.json"
+
+
+class Target(NamedTuple):
+    """Where to go back to.
+
+    Attributes:
+        found: the set.
+        seq: the last event of the state.
+        at_ms: the moment, ms since 1970: the one that was asked for, or when the set was made.
+        is_moment: whether a moment was asked for.
+    """
+
+    found: BackupSet
+    seq: int
+    at_ms: int
+    is_moment: bool
+
+
+class RestoreRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What a restore makes of one collection.
+
+    Attributes:
+        collection: its name; ``messages`` for those of all conversations.
+        now, then: how many there are, and will be.
+        added, changed, removed: of the present ones; messages are never changed.
+        oldest, newest: when the records that come back were last active or changed, ISO 8601; None when that is not known.
+    """
+
+    collection: str
+    now: int
+    then: int
+    added: int
+    changed: int
+    removed: int
+    oldest: str | None = None
+    newest: str | None = None
+
+    @property
+    def is_same(self) -> bool:
+        """Whether it stays as it is."""
+        return not (self.added or self.changed or self.removed)
+
+
+class RestorePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a restore would do.
+
+    Attributes:
+        backup: name of the set.
+        backup_at: when it was made; *at* is the moment of the state, both ISO 8601.
+        is_proved: whether all of the set was loaded once.
+        seq: the last event of that state.
+        rows: by collection.
+        expiring: sessions that are too old by now, and go with the next expiry.
+        has_other_sales: whether the sales figures change.
+    """
+
+    backup: str
+    backup_at: str
+    at: str
+    is_proved: bool
+    seq: int
+    rows: list[RestoreRow]
+    expiring: int = 0
+    has_other_sales: bool = False
+
+
+class RestoreProof(msgspec.Struct, frozen=True, kw_only=True):
+    """What was looked at, and found right, in a state on the disk.
+
+    Attributes:
+        files: whose checksums were compared.
+        counts: records by collection, and ``messages``.
+        duration_ms: how long that took.
+    """
+
+    files: int
+    counts: dict[str, int]
+    duration_ms: float
+
+
+class RestoreReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a restore did.
+
+    Attributes:
+        plan: which state came back.
+        seq: where its history begins.
+        saved_as: the backup of what was there before.
+        backup: the backup of what is there now, from which moments from now on are reached; empty when it failed.
+        proof: of what is there now.
+        duration_ms: of all of it.
+    """
+
+    plan: RestorePlan
+    seq: int
+    saved_as: str
+    backup: str
+    proof: RestoreProof
+    duration_ms: float
+
+
+class RestoreState(msgspec.Struct, frozen=True, kw_only=True):
+    """How the restore of everything stands that a daemon does, or did last.
+
+    Attributes:
+        state: idle, preparing, swapping (nothing is served meanwhile), completed, failed.
+        backup: name of the set.
+        at: the moment of the state, ISO 8601.
+        progress: in words, while it is under way.
+        reason: why it failed; the data is what it was before.
+        report: what it did.
+    """
+
+    state: Literal["idle", "preparing", "swapping", "completed", "failed"]
+    backup: str = ""
+    at: str = ""
+    progress: str = ""
+    reason: str = ""
+    report: RestoreReport | None = None
+
+
+# Where to go.
+
+
+def choose(
+    data_dir: Path, seal: AgeSeal | None, *, name: str | None, at_ms: int | None, now_ms: int, history: History
+) -> Target:
+    """The set *name* (or ``latest``), or the moment *at_ms*, reached from the set *name* or the best one there is.
+
+    Raises:
+        NotFound: there is no such set, or none at all.
+        BadRequest: the moment has not come yet, or lies before the oldest backup.
+        SetDamaged, DataRefused: the set cannot be read, or is of a newer Holdfast.
+        HistoryGap: what was at that moment cannot be told.
+    """
+    sets = list_sets(data_dir)
+    if not sets:
+        raise NotFound(f"no backup in {data_dir / BACKUPS}; make one with `holdfast backup`")
+    named = None if name is None else _named(sets, name)
+    if at_ms is None:
+        found = named if named is not None else _named(sets, LATEST)
+        manifest = found.manifest
+        assert manifest is not None
+        return Target(found, manifest.seq, parse_ms(manifest.at), False)
+    if at_ms > now_ms:
+        raise BadRequest(f"expected a moment that is over, found {format_ms(at_ms)}; now it is {format_ms(now_ms)}")
+    readable = [found for found in ([named] if named else sets) if found.manifest is not None]
+    damage: SetDamaged | None = None
+    for found in readable:
+        assert found.manifest is not None
+        if parse_ms(found.manifest.at) > at_ms or found.manifest.data_format > FORMAT_VERSION:
+            continue
+        try:
+            last = _last_line(journal_of(found, seal))
+        except SetDamaged as error:
+            damage = damage or error
+            continue
+        if last is None or at_of(last.payload) <= at_ms:
+            seq = history.seq_at(at_ms, found.manifest.seq)
+            _check_next(data_dir, seq, history, sets)
+            return Target(found, seq, at_ms, True)
+    if damage is not None:
+        raise damage
+    if not readable:
+        raise SetDamaged(f"none of the {len(sets)} backups can be read: {sets[0].name}: {sets[0].damage}")
+    oldest = min(parse_ms(found.manifest.at) for found in readable if found.manifest is not None)
+    raise BadRequest(
+        f"expected a moment from {format_ms(oldest + 1)} on, the oldest that a backup reaches, found {format_ms(at_ms)}"
+    )
+
+
+def _check_next(data_dir: Path, seq: int, history: History, sets: list[BackupSet]) -> None:
+    """Refuse the moment behind the event *seq* when events may be missing that happened before it.
+
+    Raises:
+        HistoryGap: the next one is nowhere, though something later is known of.
+    """
+    parts = history.parts()
+    if any(part.first_seq <= seq + 1 <= part.last_seq for part in parts) or seq + 1 in restored_seqs(data_dir):
+        return
+    later = [part.first_seq for part in parts if part.first_seq > seq]
+    later += [one.manifest.seq + 1 for one in sets if one.manifest is not None and one.manifest.seq > seq]
+    with suppress(ValueError, OSError), Directory(data_dir) as data:
+        if (manifest := read_manifest(data, MANIFEST)) is not None and manifest.snapshot_seq > seq:
+            later.append(manifest.snapshot_seq + 1)
+    if later:
+        raise HistoryGap(seq + 1, min(later) - 1)
+
+
+def restored_seqs(data_dir: Path) -> set[int]:
+    """The numbers that no event has, because a restored state took them."""
+    try:
+        with Directory(data_dir / BACKUPS) as backups:
+            return {one.seq for one in msgspec.json.decode(backups.read(RESTORES), type=list[_Restored])}
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return set()
+
+
+class _Restored(msgspec.Struct, frozen=True):
+    """A line of ``restores.json``: which number was given to which state, and when."""
+
+    seq: int
+    at: str
+    source: str
+
+
+def _note_restored(data: Directory, noted: _Restored) -> None:
+    """Keep that *noted*; before the swap, since a number too many there does no harm."""
+    with data.subdirectory(BACKUPS) as backups:
+        known: list[_Restored] = []
+        with suppress(OSError, msgspec.DecodeError, UnicodeDecodeError):
+            known = msgspec.json.decode(backups.read(RESTORES), type=list[_Restored])
+        lines = b",\n".join(msgspec.json.encode(one) for one in [*known, noted][-RESTORES_MAX:])
+        backups.write_atomic(RESTORES, [b"[\n", lines, b"\n]\n"])
+
+
+def _named(sets: list[BackupSet], name: str) -> BackupSet:
+    if name == LATEST:
+        found = next((one for one in sets if one.manifest is not None), sets[0])
+    else:
+        by_name = {one.name: one for one in sets}
+        if name not in by_name:
+            names = list(by_name)
+            shown = ", ".join(names[:_NAMES_SHOWN]) + (
+                f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+            )
+            raise NotFound(f"no backup {name!a:.80}; there are {shown}")
+        found = by_name[name]
+    if found.manifest is None:
+        raise SetDamaged(f"backup {found.name} cannot be read: {found.damage}")
+    if found.manifest.data_format > FORMAT_VERSION:
+        raise DataRefused(
+            f"backup {found.name} holds data of format {found.manifest.data_format}, this Holdfast knows "
+            f"{FORMAT_VERSION}; install the newer version that wrote it"
+        )
+    return found
+
+
+def _last_line(lines: Iterable[JournalLine]) -> JournalLine | None:
+    last = None
+    for line in lines:
+        last = line
+    return last
+
+
+def moment_of(text: str, zone: tzinfo) -> int:
+    """The moment in *text*, ISO 8601, without an offset in *zone*; ms since 1970.
+
+    Raises:
+        BadRequest: it is none.
+    """
+    try:
+        return parse_ms(text, zone)
+    except (TypeError, ValueError, OverflowError):
+        raise BadRequest(f"expected a time in ISO 8601 such as 2026-11-21T14:03:00Z, found {text!a:.80}") from None
+
+
+# What would change.
+
+
+def records_in(state: State, collection: str) -> Iterator[Record]:
+    """All records of *collection* in *state*, which nobody changes."""
+    found = state.collections.get(collection)
+    for id in found or ():
+        assert found is not None
+        line = found.get(id)
+        if line is not None:
+            value, version = record.split(line)
+            yield Record(id, version, value)
+
+
+def plan(
+    target: Target,
+    then: State,
+    present: Callable[[str], Iterable[Record]],
+    custom: Iterable[str],
+    present_sales: bytes | None,
+    then_sales: bytes,
+    rules: Rules,
+    now_ms: int,
+) -> RestorePlan:
+    """What becomes of each collection when the state *then* takes the place of the *present*.
+
+    Args:
+        present: gives the records of a collection as they are now.
+        custom: names of the custom collections there are now.
+        present_sales, then_sales: the figures as in their file.
+    """
+    assert target.found.manifest is not None
+    names = [*COMPARED, *sorted({*custom, *(one.name for one in then.custom())})]
+    rows = []
+    for name in names:
+        row, counted = _row(name, then, present(name), rules)
+        rows.append(row)
+        if name == CONVERSATIONS:
+            now, was = counted
+            rows.append(
+                RestoreRow(
+                    collection="messages",
+                    now=now,
+                    then=was,
+                    added=max(0, was - now),
+                    changed=0,
+                    removed=max(0, now - was),
+                )
+            )
+    due = (now_ms - rules.session_ttl_ms, now_ms)
+    return RestorePlan(
+        backup=target.found.name,
+        backup_at=target.found.manifest.at,
+        at=format_ms(target.at_ms),
+        is_proved=target.found.is_proved,
+        seq=target.seq,
+        rows=rows,
+        expiring=sum(_is_over(line, rules, due) for line in map(then.sessions.get, then.sessions) if line is not None),
+        has_other_sales=present_sales != then_sales,
+    )
+
+
+def planned(
+    settings: Settings,
+    target: Target,
+    seal: AgeSeal | None,
+    history: History,
+    *,
+    engine: Engine | None,
+    now_ms: int,
+    part: tuple[tuple[str, ...], str | None] | None = None,
+) -> tuple[RestorePlan, State]:
+    """The plan, and the state that would come back; of the *engine*, or of the stopped directory. Blocks; changes nothing.
+
+    *part* are the collections, and perhaps the one record, that are to be put back; None means everything.
+
+    Raises:
+        SetDamaged, HistoryGap, DataRefused: what was at that moment cannot be had.
+        NotFound: the one record was not there then.
+    """
+    then = state_of(
+        target.found,
+        seal,
+        settings,
+        up_to_seq=target.seq,
+        history=history,
+        collections=None if part is None else {*part[0], SALES},
+    )
+    present: Callable[[str], Iterable[Record]]
+    if engine is not None:
+        present, custom, sales = engine.everything, engine.collection_names(), engine.sales()
+    else:
+        now = present_of(settings.data_dir, settings)
+        custom, sales = [one.name for one in now.custom()], encode_sales(now.sales)
+
+        def present(name: str) -> Iterable[Record]:
+            return records_in(now, name)
+
+    rules = rules_for(settings)
+    if part is None:
+        whole = plan(target, then, present, custom, sales, encode_sales(then.sales), rules, now_ms)
+        return whole, then
+    names, id = part
+    shown = then
+    if id is not None:
+        shown = State(rules.session_ttl_ms)
+        for name in names:
+            line = then.collections[name].get(id) if name in then.collections else None
+            if line is not None:
+                shown.collection(name).fill(id, line)
+        if not any(one.count for one in shown.collections.values()):
+            raise NotFound(f"backup {target.found.name} has no {id!a:.80} among the {names[0]} of that moment")
+    rows = plan(
+        target,
+        shown,
+        lambda name: (one for one in present(name) if id is None or one.id == id) if name in names else iter(()),
+        [name for name in names if name not in COMPARED],
+        None,
+        b"",
+        rules,
+        now_ms,
+    )
+    return (
+        msgspec.structs.replace(
+            rows,
+            rows=[row for row in rows.rows if row.collection in names],
+            has_other_sales=False,
+            expiring=rows.expiring if SESSIONS in names else 0,
+        ),
+        then,
+    )
+
+
+def _row(name: str, then: State, present: Iterable[Record], rules: Rules) -> tuple[RestoreRow, tuple[int, int]]:
+    """The row of the collection *name*; of conversations also their messages now and then."""
+    found = then.collections.get(name)
+    now = same = changed = removed = messages_now = messages_then = 0
+    for one in present:
+        now += 1
+        if name == CONVERSATIONS:
+            messages_now += messages_in(one.value)
+        line = None if found is None else found.get(one.id)
+        if line is None:
+            removed += 1
+        elif record.value_of(line) == one.value:
+            same += 1
+        else:
+            changed += 1
+    oldest = newest = 0
+    for id in found or ():
+        assert found is not None
+        line = found.get(id)
+        if line is None:
+            continue
+        if name == CONVERSATIONS:
+            messages_then += messages_in(record.value_of(line))
+        at = activity_ms(line, rules) if name == SESSIONS else record.header_of(line).at
+        if at:
+            oldest, newest = min(oldest or at, at), max(newest, at)
+    count = 0 if found is None else found.count
+    row = RestoreRow(
+        collection=name,
+        now=now,
+        then=count,
+        added=count - same - changed,
+        changed=changed,
+        removed=removed,
+        oldest=format_ms(oldest) if oldest else None,
+        newest=format_ms(newest) if newest else None,
+    )
+    return row, (messages_now, messages_then)
+
+
+def messages_in(head: bytes) -> int:
+    """How many messages the conversation *head* says that it has."""
+    said = orjson.loads(head)
+    return int(said["message_count"]) + int(said["system_count"])
+
+
+def _is_over(line: bytes, rules: Rules, due: tuple[int, int]) -> bool:
+    ttl = record.header_of(line).ttl
+    return activity_ms(line, rules) <= (due[0] if ttl is None else due[1] - ttl)
+
+
+# Preparing.
+
+
+class Prepared(NamedTuple):
+    """A state that stands ready in a directory.
+
+    Attributes:
+        counts: records by collection, and ``messages``.
+        names: of its files there.
+    """
+
+    counts: dict[str, int]
+    names: tuple[str, ...]
+
+
+def prepare(
+    target: Target,
+    place: Path,
+    settings: Settings,
+    seal: AgeSeal | None,
+    history: History,
+    *,
+    is_busy: Callable[[], bool] = lambda: False,
+    progress: Callable[[str], None] = lambda text: None,
+    log: Any = None,
+) -> Prepared:
+    """Bring the state of *target* into the directory *place*, which is ours alone, as a start would; blocks.
+
+    Raises:
+        SetDamaged, HistoryGap, DataRefused: it cannot be had whole; what was made in *place* is of no use.
+        StorageFull, OSError: likewise.
+    """
+    found = target.found
+    assert found.manifest is not None
+    with Directory(place) as into:
+        _check_room(target, into)
+        names = [name for name, stored in found.manifest.files.items() if stored.kind not in ("settings", "tokens")]
+        progress(f"unpacking backup {found.name}")
+        extract(found, names, into, seal, is_busy)
+        with into.subdirectory(JOURNAL) as journal:
+            first = found.manifest.seq + 1
+            # Also without events: a journal says by its name where it goes on.
+            lines = (encode_line(line.payload) for line in history.lines(found.manifest.seq, target.seq))
+            journal.stage(segment_name(first), lines if target.seq >= first else (), is_busy)
+            journal.publish([segment_name(first)])
+        into.sync()
+    progress(f"replaying up to event {target.seq}")
+    counts = _recover(target, place, settings, progress, log)
+    with Directory(place) as into:
+        manifest = read_manifest(into, MANIFEST)
+        assert manifest is not None and manifest.snapshot_seq == target.seq
+        kept = {*manifest.files, MANIFEST, JOURNAL, ARCHIVE}
+        for name in into.names():
+            if name not in kept:
+                _remove(into.path / name)
+        into.sync()
+        return Prepared(counts, tuple(sorted(name for name in kept if into.stat(name) is not None)))
+
+
+def _check_room(target: Target, into: Directory) -> None:
+    assert target.found.manifest is not None
+    needed = round(ROOM_SHARE * sum(stored.bytes for stored in target.found.manifest.files.values()))
+    free, _ = into.space()
+    if free < needed:
+        raise StorageFull(
+            f"no room to restore: backup {target.found.name} needs {needed >> 20} MiB, {free >> 20} MiB are free at "
+            f"{into.path}; free space, or restore into a directory on another disk"
+        )
+
+
+def _recover(
+    target: Target, place: Path, settings: Settings, progress: Callable[[str], None], log: Any
+) -> dict[str, int]:
+    """Have a start's own code load, replay and write what stands in *place*; the counts of what it is."""
+    from holdfast.recovery import open_engine  # which completes what a restore has begun, and so knows of us
+
+    staged = msgspec.structs.replace(settings, data_dir=place, mirror=False, recovery="strict", journal_keep=0)
+    engine = open_engine(staged, progress=progress, log=log or _Silent(), drops_stale=False)
+    try:
+        engine.flush("restore")
+        counts = _counts_of(engine)
+        counts["messages"] = _caught_up(engine, target.seq)
+        if engine.degraded:
+            raise SetDamaged(f"backup {target.found.name} cannot be restored whole: {'; '.join(engine.degraded)}")
+        if (seq := engine.status()["seq"]) != target.seq:
+            raise SetDamaged(f"backup {target.found.name} ends with event {seq}, expected {target.seq}")
+    finally:
+        engine.close()
+    return counts
+
+
+def _counts_of(engine: Engine) -> dict[str, int]:
+    names = [*COMPARED, *engine.collection_names()]
+    return {name: engine.count(name) for name in names}
+
+
+def _caught_up(engine: Engine, seq: int) -> int:
+    """Wait until the archive has every event up to *seq* for good; how many messages it holds."""
+    until = engine.monotonic() + ARCHIVE_WAIT_S
+    while True:
+        try:
+            counts = engine.transcripts.read(lambda archive: archive.message_counts())
+        except Unavailable:
+            if engine.monotonic() > until:
+                raise
+            continue
+        return sum(counts.values())
+
+
+# Taking its place.
+
+
+def last_seq_of(data_dir: Path, target: Target | None = None) -> int:
+    """The highest number that an event of the stopped directory *data_dir* may have, as far as anything there tells."""
+    found = [0 if target is None else target.seq]
+    with Directory(data_dir) as directory:
+        for name in (MANIFEST, MANIFEST_NEXT):
+            with suppress(ValueError, OSError):
+                if (manifest := read_manifest(directory, name)) is not None:
+                    found.append(manifest.snapshot_seq)
+        if directory.stat(JOURNAL) is not None:
+            with suppress(OSError), directory.subdirectory(JOURNAL) as journal:
+                history = read_history(journal, 0)
+                found += [history.last_seq, max(history.segments, default=1) - 1]
+    found += [part.last_seq for part in History(data_dir).parts()]
+    found += [one.manifest.seq for one in list_sets(data_dir) if one.manifest is not None]
+    return max(found)
+
+
+def rebase(staging: Directory, seq: int) -> None:
+    """Give the state in *staging* the place *seq* in time: as if it had become so by that event; errors as ``write_atomic``."""
+    archive = open_sqlite(staging.path / ARCHIVE)
+    try:
+        archive.apply([], seq)
+        archive.checkpoint()
+    except (ArchiveError, ArchiveDamaged) as error:
+        raise Unavailable(f"the archive of the prepared state cannot be written: {error}; restore again") from error
+    finally:
+        archive.close()
+    _remove(staging.path / JOURNAL)
+    with staging.subdirectory(JOURNAL) as journal:
+        journal.write_atomic(segment_name(seq + 1), ())
+    manifest = read_manifest(staging, MANIFEST)
+    assert manifest is not None, "a prepared state has a manifest"
+    manifest = msgspec.structs.replace(manifest, snapshot_seq=seq)
+    staging.write_atomic(MANIFEST, [encode_manifest(manifest)])
+    for companion in _ARCHIVE_COMPANIONS:
+        staging.remove(ARCHIVE + companion)
+    staging.sync()
+
+
+def take_place(
+    data_dir: Path, prepared: Prepared, target: Target, *, seal: AgeSeal | None, keeps_history: bool, now_ms: int
+) -> int:
+    """Put the state that ``prepare`` made in ``restore/`` in the place of the present one; where its history begins.
+
+    Only under the lock of *data_dir*, when nobody has it open; the present has been backed up.
+
+    Raises:
+        StorageFull, OSError: before the swap is decided, with the present as it was; or later, and the next start goes on.
+    """
+    with Directory(data_dir) as data:
+        if keeps_history:
+            keep_history(data, writing_seal(seal))
+        seq = last_seq_of(data_dir, target) + 1
+        with data.subdirectory(swap.STAGING) as staging:
+            rebase(staging, seq)
+        _note_restored(data, _Restored(seq, format_ms(now_ms), target.found.name))
+        intent = swap.Intent(
+            source=target.found.name,
+            at=format_ms(now_ms),
+            seq=seq,
+            staged=prepared.names,
+            removed=swap.names_to_remove(data, _names_of_ours(data), prepared.names),
+        )
+        swap.decide(data, intent)
+        swap.complete(data)
+    return seq
+
+
+def _names_of_ours(data: Directory) -> set[str]:
+    """The files of the state in *data*, and those that say how far something has come with it."""
+    names = {*FILE_OF.values(), SALES_FILE, MANIFEST, MANIFEST_NEXT, _MIRROR_STATE, JOURNAL}
+    for base in (ARCHIVE, REBUILT, COMPACTED):
+        names |= {base, *(base + companion for companion in _ARCHIVE_COMPANIONS)}
+    manifests: list[Manifest] = []
+    for name in (MANIFEST, MANIFEST_NEXT):
+        with suppress(ValueError, OSError):
+            if (manifest := read_manifest(data, name)) is not None:
+                manifests.append(manifest)
+    if manifests:
+        return names.union(*(manifest.files for manifest in manifests))
+    # Without a manifest whatever a start would take for a collection; the backup of the present has it.
+    return names | {name for name in data.names() if collection_in(name) is not None}
+
+
+def keep_history(data: Directory, seal: Seal | None) -> int:
+    """Pack every segment of the journal of *data* that the history does not have yet; how many events that were.
+
+    Raises:
+        StorageFull, OSError: those that were packed stay so.
+    """
+    history = History(data.path, seal)
+    parts = history.parts()
+    last = max((part.last_seq for part in parts if part.is_packed), default=0)
+    kept = 0
+    for part in parts:
+        if part.is_packed or part.last_seq <= last:
+            continue
+        lines = []
+        try:
+            for line in history.lines(max(part.first_seq - 1, last), part.last_seq):
+                lines.append(line)
+        except HistoryGap:
+            pass  # what is whole before it is kept
+        if not lines:
+            continue
+        first, last = lines[0].seq, lines[-1].seq
+        name = f"{first:020d}-{last:020d}.jsonl{PACKED}{SEALED if seal is not None else ''}"
+        with data.subdirectory(BACKUPS) as backups, backups.subdirectory(JOURNAL) as packed:
+            packed.stage(name, pack((encode_line(line.payload) for line in lines), seal))
+            packed.publish([name])
+            at_ns = at_of(lines[-1].payload) * 1_000_000
+            os.utime(packed.path / name, ns=(at_ns, at_ns))
+        kept += len(lines)
+    return kept
+
+
+# Proving it.
+
+
+def prove_state(data_dir: Path, expected: dict[str, int]) -> RestoreProof:
+    """Read every file of the stopped directory *data_dir* again, and compare with what should be there.
+
+    Raises:
+        DataRefused: something is not what it should be.
+    """
+    started = time.monotonic()
+    with Directory(data_dir) as directory:
+        manifest = read_manifest(directory, MANIFEST)
+        if manifest is None:
+            raise DataRefused(f"{data_dir} has no {MANIFEST} after the restore; restore again")
+        counts: dict[str, int] = dict.fromkeys(expected, 0)
+        for name, entry in manifest.files.items():
+            checksum, fd = 0, directory.open_to_read(name)
+            with os.fdopen(fd, "rb", buffering=0) as file:
+                while piece := file.read(1 << 20):
+                    checksum = crc32(piece, checksum)
+            if f"{checksum:08x}" != entry.crc32:
+                raise DataRefused(
+                    f"{data_dir / name} is not what was restored: its checksum does not hold; restore again"
+                )
+            collection = collection_in(name)
+            if collection in expected:
+                counts[collection] = entry.records
+    archive = open_sqlite(data_dir / ARCHIVE)
+    with closing(archive):
+        if wrong := archive.check():
+            raise DataRefused(f"{data_dir / ARCHIVE} is damaged after the restore: {wrong[0]}; restore again")
+        counts["messages"] = sum(archive.message_counts().values())
+    if counts != expected:
+        odd = next(name for name in expected if counts[name] != expected[name])
+        raise DataRefused(
+            f"{data_dir} holds {counts[odd]} {odd} after the restore, expected {expected[odd]}; restore again"
+        )
+    return RestoreProof(
+        files=len(manifest.files) + 1, counts=counts, duration_ms=round((time.monotonic() - started) * 1000, 1)
+    )
+
+
+# Whole restores of directories that nobody has open.
+
+
+def restore_beside(
+    target: Target,
+    into: Path,
+    settings: Settings,
+    seal: AgeSeal | None,
+    history: History,
+    progress: Callable[[str], None] = lambda text: None,
+) -> RestoreProof:
+    """Bring the state of *target* into the directory *into*, which is missing or empty; blocks.
+
+    Raises:
+        BadRequest: it is neither.
+        SetDamaged, HistoryGap, DataRefused, StorageFull, OSError: as ``prepare``; *into* is as it was.
+    """
+    existed = into.exists()
+    if existed and (not into.is_dir() or any(into.iterdir())):
+        raise BadRequest(f"expected an empty or missing directory, found something in {into}; choose another")
+    prepare_directory(into)
+    try:
+        prepared = prepare(target, into, settings, seal, history, progress=progress)
+        with Directory(into) as directory:
+            assert target.found.manifest is not None
+            tokens = [name for name, one in target.found.manifest.files.items() if one.kind == "tokens"]
+            extract(target.found, tokens, directory, seal)
+        return prove_state(into, prepared.counts)
+    except BaseException:
+        for path in into.iterdir():
+            _remove(path)
+        if not existed:
+            into.rmdir()
+        raise
+
+
+class Restoring:
+    """One whole restore of a directory: ``prepare`` while it may be served, ``finish`` when nobody has it open.
+
+    Attributes:
+        prepared: what stands ready; None before.
+        settings: as it was begun with.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        target: Target,
+        planned: RestorePlan,
+        seal: AgeSeal | None,
+        *,
+        log: Any,
+        progress: Callable[[str], None] = lambda text: None,
+        is_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """*progress* is told how far it is, and may raise to give up; *is_busy* as of ``Directory.stage``."""
+        self.prepared: Prepared | None = None
+        self.settings = settings
+        self._target = target
+        self._plan = planned
+        self._seal = seal
+        self._log = log
+        self._progress = progress
+        self._is_busy = is_busy
+        self._started = time.monotonic()
+
+    def prepare(self) -> None:
+        """Make the state ready in ``restore/``; blocks.
+
+        Raises:
+            SetDamaged, HistoryGap, DataRefused, StorageFull, OSError: nothing of the present was touched.
+        """
+        data_dir, target = self.settings.data_dir, self._target
+        self._log.info("restore.started", source=target.found.name, at=format_ms(target.at_ms), seq=target.seq)
+        try:
+            with Directory(data_dir) as data:
+                swap.discard(data)
+                data.subdirectory(swap.STAGING).close()
+            self.prepared = prepare(
+                target,
+                data_dir / swap.STAGING,
+                self.settings,
+                self._seal,
+                History(data_dir, self._seal),
+                progress=self._progress,
+                is_busy=self._is_busy,
+            )
+        except BaseException as error:
+            self.give_up(error)
+            raise
+
+    def finish(self, saved_as: str, saved_seq: int, now_ms: int, *, is_awaited: bool = False) -> RestoreReport:
+        """Put the prepared state in the place of the present one and prove it; blocks. Only under the lock.
+
+        Args:
+            saved_as: the backup of the present; made anew when it has not every event up to now, or there is none.
+            saved_seq: the last event in it.
+            is_awaited: clients wait for the end, so that another backup of the present is not proved.
+
+        Raises:
+            DataRefused, StorageFull, OSError: before the swap is decided, with the present as it was; afterwards the
+                next start completes it.
+        """
+        from holdfast.care.backup import back_up_stopped
+
+        assert self.prepared is not None, "nothing was prepared"
+        data_dir = self.settings.data_dir
+        try:
+            if not saved_as or saved_seq < last_seq_of(data_dir):
+                self._progress("backing up the present")
+                saved_as = back_up_stopped(
+                    self.settings, "restore", self._log, self._progress, prove=not is_awaited
+                ).name
+            self._progress("taking its place")
+            seq = take_place(
+                data_dir,
+                self.prepared,
+                self._target,
+                seal=self._seal,
+                keeps_history=self.settings.backups.pitr > 0,
+                now_ms=now_ms,
+            )
+            self._progress("proving it")
+            proof = prove_state(data_dir, self.prepared.counts)
+        except BaseException as error:
+            self.give_up(error)
+            raise
+        report = RestoreReport(
+            plan=self._plan,
+            seq=seq,
+            saved_as=saved_as,
+            backup="",
+            proof=proof,
+            duration_ms=round((time.monotonic() - self._started) * 1000, 1),
+        )
+        self._log.info(
+            "restore.completed",
+            source=self._plan.backup,
+            at=self._plan.at,
+            seq=report.seq,
+            saved_as=report.saved_as,
+            counts=report.proof.counts,
+            duration_ms=report.duration_ms,
+        )
+        return report
+
+    def give_up(self, error: BaseException) -> None:
+        """Remove what was prepared, and tell why."""
+        with suppress(OSError), Directory(self.settings.data_dir) as data:
+            swap.discard(data)
+        is_ours = isinstance(error, HoldfastError | OSError)
+        reason = str(error) if is_ours else type(error).__name__
+        self._log.error(
+            "restore.failed", source=self._target.found.name, reason=reason, exc_info=None if is_ours else error
+        )
+
+
+def restore_stopped(
+    settings: Settings,
+    target: Target,
+    planned: RestorePlan,
+    seal: AgeSeal | None,
+    *,
+    now_ms: int,
+    log: Any,
+    progress: Callable[[str], None] = lambda text: None,
+) -> RestoreReport:
+    """Go back to *target*: prepare, back the present up, swap, prove, back the new state up. Under the caller's lock.
+
+    Raises:
+        SetDamaged, HistoryGap, DataRefused, StorageFull, OSError: as ``Restoring``.
+    """
+    from holdfast.care.backup import back_up_stopped
+
+    restoring = Restoring(settings, target, planned, seal, log=log, progress=progress)
+    restoring.prepare()
+    report = restoring.finish("", 0, now_ms)
+    try:
+        backup = back_up_stopped(settings, "restore", log, progress).name
+    except (DataRefused, StorageFull, OSError) as error:
+        # What was asked for is done; only moments from now on are not reached before the next backup.
+        log.warning("restore.backup_failed", reason=str(error))
+        return report
+    return msgspec.structs.replace(report, backup=backup)
+
+
+def rules_for(settings: Settings) -> Rules:
+    """The rules by which records are read here."""
+    return rules_of(settings, {})
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class _Silent:
+    """A log for the recovery of a state that nobody serves yet; what is wrong there is raised."""
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Nothing."""
+
+    debug = warning = error = exception = info
