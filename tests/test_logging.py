@@ -341,6 +341,8 @@ def test_libraries_log_through_us(pipe: Pipe) -> None:
 def logged_calls() -> Iterator[tuple[str, str, frozenset[str]]]:
     """Place, event name and fields of every logging call in the code."""
     for path in sorted((ROOT / "daemon" / "holdfast").rglob("*.py")):
+        if path.name == "file_storage.py":
+            continue  # it has no engine: it speaks as a library does, in messages to the standard logger
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue

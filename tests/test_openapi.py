@@ -41,6 +41,7 @@ VOLATILE = {
     "freed_bytes",
     "condensed_messages",
     "disk",
+    "findings",
     "parts",
     *("at", "bytes", "data_dir", "date", "duration_ms", "expires_at", "files", "journal_bytes", "last_flush", "listen"),
     *("backup", "backup_at", "oldest", "newest", "new_bytes", "proved_at", "since"),

@@ -166,10 +166,14 @@ class HistoryFollower:
         packed_seq = max((part.last_seq for part in parts if part.is_packed), default=0)
         oldest_seq = min((part.first_seq for part in parts if not part.is_packed), default=1)
         self._taken_seq = max(packed_seq, oldest_seq - 1)
-        self._flusher.follow("history", lambda: self._taken_seq)
+        self._flusher.follow("history", self._watermark)
         if self.problem or self._has_given_way:
             self._log.info("history.resumed", after_seq=self._taken_seq)
         self.problem, self._has_given_way = "", False
+
+    def _watermark(self) -> int:
+        # Also in the moment after a reload, before the thread has looked.
+        return self._taken_seq if self._settings().backups.pitr else _NOTHING_NEEDED
 
     def _is_short_of_room(self) -> bool:
         free_bytes, _ = self._flusher.disk_space()
