@@ -41,6 +41,7 @@ from holdfast.care.history import JOURNAL, History, HistoryGap
 from holdfast.care.packing import Seal
 from holdfast.care.prove import prove
 from holdfast.care.prover import Unproved, prove_apart
+from holdfast.care.space import INODES_LOW, SHARE
 from holdfast.care.swap import ARCHIVE_SCRATCH, INTENT, SCRATCH, STAGING
 from holdfast.checksum import crc32
 from holdfast.clock import format_ms, parse_ms
@@ -76,7 +77,6 @@ PAUSE_RECORDS = 50
 """In a running daemon, after so many records, others get the interpreter for a moment."""
 
 FREE_SHARE_MIN = 0.03
-FREE_NODES_MIN = 1_000
 
 DAY_S = 24 * 3600.0
 DAILY_CHECK_S = 900.0
@@ -428,10 +428,12 @@ class _Verification:
                 f"{readable_size(free)} free of {readable_size(size)}",
                 "free space before it is full; a full disk refuses writes, reads go on",
             )
-        if found.f_files and found.f_favail < FREE_NODES_MIN:
+        # On a small file system a share of what it has, as the watch of the daemon has it.
+        nodes_min = min(INODES_LOW, found.f_files // SHARE)
+        if found.f_favail < nodes_min:
             yield a_warning(
                 "space",
-                f"{FREE_NODES_MIN} free inodes",
+                f"{nodes_min} free inodes",
                 f"{found.f_favail} of {found.f_files}",
                 "remove small files from this file system",
             )

@@ -6,7 +6,7 @@ import asyncio
 from functools import partial
 from typing import Literal
 
-from holdfast.errors import StorageFull
+from holdfast.errors import InvalidRecord, StorageFull
 from holdfast.http.reply import Reply, json_reply
 from holdfast.http.request import Request
 from holdfast.http.routes.backend import Backend
@@ -44,7 +44,7 @@ _REPORT = {
 @route(
     Outcome(200, "The backup is there.", BackupReport, _REPORT),
     body=Body(BackupBody, {"reason": "api"}, is_required=False),
-    errors=(*BODY_ERRORS, StorageFull),
+    errors=(*BODY_ERRORS, InvalidRecord, StorageFull),
 )
 async def backup(backend: Backend, request: Request) -> Reply:
     """Make a backup of everything, and load everything from it to prove it. Nobody else has to wait meanwhile.
