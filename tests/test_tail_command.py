@@ -225,7 +225,9 @@ def test_the_past_that_is_gone_and_the_token_that_is_wrong(tmp_path: Path) -> No
     """410 and 401 end it, also when it had begun long before."""
     with daemon_in(tmp_path) as daemon:
         put(tmp_path)
-        (tmp_path / "holdfast.toml").write_text('listen = ["unix:", "tcp:127.0.0.1:0"]\njournal_keep = 0\n[backups]\npitr = "0s"\n')
+        (tmp_path / "holdfast.toml").write_text(
+            'listen = ["unix:", "tcp:127.0.0.1:0"]\njournal_keep = 0\n[backups]\npitr = "0s"\n'
+        )
         assert forked("reload", cwd=tmp_path).returncode == 0
         assert forked("flush", cwd=tmp_path).returncode == 0
         assert_told_in_one_line(
