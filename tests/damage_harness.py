@@ -128,6 +128,7 @@ WRONG: dict[str, tuple[Damage, str, str, str]] = {
     "an id twice": (double_a_record, "error", "snapshots", "id that stands there already"),
     "sales figures": (lambda d: (d / "sales_stats.json").write_text("{"), "error", "snapshots", "sales_stats.json"),
     "the manifest": (lambda d: flip(d / "manifest.json"), "error", "manifest", "checksum"),
+    "no manifest": (lambda d: (d / "manifest.json").unlink(), "warning", "manifest", "manifest.json is missing"),
     "an event": (lambda d: flip(newest_segment(d), 40), "error", "journal", "checksum does not hold"),
     "an event twice": (
         lambda d: (append_event(d, "user.delete", ahead=0), append_event(d, "user.delete")),
@@ -203,7 +204,7 @@ GOOD_TO_KNOW: dict[str, tuple[Damage, str, str]] = {
     "evidence": (
         lambda d: ((d / "quarantine").mkdir(0o700), (d / "quarantine" / "2026-x.json").touch(0o600)),
         "quarantine",
-        "1 damaged files",
+        "1 damaged file,",
     ),
     "no backup": (lambda d: None, "backups", "none yet"),
 }

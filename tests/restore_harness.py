@@ -127,7 +127,10 @@ def _ops(number: int) -> list[AnyOp]:
         case 2:
             return [UserPut(id=phone, value={"name": f"user {number}"})]
         case 3:
-            messages = [Message(role="user", content=f"hola {number}"), Message(role="assistant", content="buenas")]
+            messages = [
+                Message(role="user", content=f"hola {number}", channel="whatsapp", external_id=f"wamid.{number}"),
+                Message(role="assistant", content="buenas", tokens_used=7, metadata={"model": "small"}),
+            ]
             return [MessageAppend(id=f"chat-{number % 4}", messages=messages)]
         case 4:
             return [RecordPut(collection="notes", id=f"n{number}", value={"text": f"note {number}"})]

@@ -37,9 +37,9 @@ from holdfast.care.packing import pack
 from holdfast.care.prove import prove, settings_in
 from holdfast.care.rewind import state_of
 from holdfast.care.rotation import stale
-from holdfast.care.set_writer import digest_of
+from holdfast.care.set_writer import LEFT_BYTES, digest_of
 from holdfast.clock import Clock, format_ms
-from holdfast.disk.files import DirectoryLock
+from holdfast.disk.files import Directory, DirectoryLock
 from holdfast.disk.snapshot import Manifest, encode_manifest
 from holdfast.engine import Engine
 from holdfast.errors import StorageFull, Unavailable
@@ -347,14 +347,18 @@ def test_a_stop_breaks_a_backup_off(tmp_path: Path) -> None:
 
 
 def test_a_start_removes_what_a_killed_backup_left(tmp_path: Path) -> None:
-    """Half a set, a scratch directory of a proof, a set that was being removed."""
+    """Half a set, a scratch directory of a proof, a set that was being removed; half a file, and half of the history."""
     data_dir = tmp_path / "data"
+    for name in (".a.json.7.tmp", "journal/.00000000000000000001-00000000000000000009.jsonl.zst.7.tmp"):
+        (data_dir / "backups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (data_dir / "backups" / name).write_bytes(b"half")
     for name in (".2026-11-21T060000.000Z.7.tmp", ".prove.7.tmp", ".2026-11-20T060000.000Z.0.tmp"):
         (data_dir / "backups" / name).mkdir(parents=True)
         (data_dir / "backups" / name / "chat_sessions.json.zst").write_bytes(b"half")
 
     with running(data_dir):
         assert half_made(data_dir) == []
+        assert list((data_dir / "backups" / "journal").iterdir()) == []
 
 
 # A directory that nobody has open.
@@ -564,8 +568,8 @@ def test_without_a_child_the_proof_is_done_here(tmp_path: Path, monkeypatch: pyt
 # Rotation.
 
 
-def named(at_ms: int, *, ok: bool | None = True, readable: bool = True) -> BackupSet:
-    manifest = SetManifest(at=format_ms(at_ms)) if readable else None
+def named(at_ms: int, *, ok: bool | None = True, readable: bool = True, reason: str = "daily") -> BackupSet:
+    manifest = SetManifest(at=format_ms(at_ms), reason=reason) if readable else None
     proof = None if ok is None else Proof(at=format_ms(at_ms), ok=ok)
     return BackupSet(Path(format_ms(at_ms).replace(":", "")), manifest, "" if readable else "damaged", proof)
 
@@ -587,6 +591,15 @@ def test_the_newest_and_a_ladder_stay() -> None:
     assert kept_days(sets, keep_weekly=3) == [0, 6, 13]
     assert kept_days(sets, keep_monthly=3) == [0, 21, 52]
     assert kept_days(sets, keep=2, keep_weekly=2, keep_monthly=2) == [0, 1, 6, 21]
+
+
+def test_restores_do_not_push_out_what_is_restored_from() -> None:
+    """Those from before restores are counted apart, as many of them as of all others."""
+    sets = [named(NOW_MS - day * DAY_MS, reason="restore") for day in range(5)]
+    sets += [named(NOW_MS - day * DAY_MS) for day in range(5, 10)]
+
+    assert kept_days(sets, keep=3) == [0, 1, 2, 5, 6, 7]
+    assert kept_days(sets[:6], keep=2) == [0, 1, 5]
 
 
 def test_what_every_moment_is_restored_from_stays() -> None:
@@ -660,6 +673,117 @@ def test_a_backup_is_taken_each_day_and_the_newest_proved_again(tmp_path: Path) 
         clock.advance(2 * 86400)
         engine.backups.run_when_due()
         assert len(list_sets(data_dir)) == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_backup_does_not_take_the_last_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails while there is still room for the journal: at its begin, or at whichever piece it would get too little."""
+    data_dir = tmp_path / "data"
+    with running(data_dir, clock=Clock()) as engine:
+        fill(engine, 2)
+        total, looks = 1 << 30, 0
+        for enough in range(100):
+            looks = 0
+
+            def space(directory: Directory, enough: int = enough) -> tuple[int, int]:
+                nonlocal looks
+                looks += 1
+                return (total if looks <= enough else LEFT_BYTES - 1), total
+
+            with monkeypatch.context() as patched:
+                patched.setattr(Directory, "space", space)
+                try:
+                    engine.backup("api")
+                except StorageFull as error:
+                    assert "16383 KiB are free" in str(error)
+                    assert list_sets(data_dir) == [] and half_made(data_dir) == []
+                    continue
+            break
+
+    assert 5 < enough < 99
+    assert newest(data_dir).is_proved
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_newest_set_is_the_newest_whatever_the_clock_said(tmp_path: Path) -> None:
+    """After the clock was set back, over a restart, the next set has a name above the others, and the time of the clock."""
+    data_dir = tmp_path / "data"
+    with running(data_dir, clock=HandClock()) as engine:
+        fill(engine, 1)
+        engine.backup("api")
+        engine.flush("interval")
+    early_ms = NOW_MS - 2 * DAY_MS
+    with running(data_dir, clock=HandClock(early_ms)) as engine:
+        fill(engine, 2)
+        engine.backup("api")
+        seq = engine.last_seq()
+
+    assert manifest_of(newest(data_dir)).seq == seq
+    assert manifest_of(newest(data_dir)).at == format_ms(early_ms)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_set_from_the_future_holds_up_no_other(tmp_path: Path) -> None:
+    """Taken while the clock was ten years ahead: the next look takes another one, and then there is one each day again."""
+    data_dir, clock = tmp_path / "data", HandClock()
+    with running(data_dir, clock=HandClock(NOW_MS + 3650 * DAY_MS)) as engine:
+        fill(engine, 1)
+        engine.backup("api")
+        engine.flush("interval")
+    with running(data_dir, clock=clock) as engine:
+        taken = []
+        for _ in range(8):
+            engine.backups.run_when_due()
+            taken.append(len(list_sets(data_dir)))
+            clock.advance(6 * 3600)
+
+    assert taken == [2, 2, 2, 2, 3, 3, 3, 3]
+
+
+@pytest.mark.usefixtures("quick")
+def test_proofs_that_fail_all_day_do_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each failed set is followed by the next one after twice the time, at most by one a day; the proved one stays."""
+    data_dir, clock = tmp_path / "data", HandClock()
+    with running(data_dir, clock=clock, backups={"keep": 1, "keep_daily": 0, "keep_weekly": 0}) as engine:
+        fill(engine, 1)
+        first = engine.backup("api").name
+        clock.advance(86400)
+        monkeypatch.setattr(
+            "holdfast.care.backup.prove_apart", lambda *_: Proof(at=format_ms(clock.now_ms()), ok=False, reason="odd")
+        )
+        failed = []
+        for _ in range(7 * 24):
+            engine.backups.run_when_due()
+            failed.append(len(list_sets(data_dir)) - 1)
+            clock.advance(3600)
+        kept = [found.name for found in list_sets(data_dir)]
+        monkeypatch.undo()
+        clock.advance(86400)
+        engine.backups.run_when_due()
+
+        assert 5 <= failed[23] <= 8 and 10 <= failed[-1] <= 15 and first in kept
+        assert newest(data_dir).is_proved
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_was_edited_by_hand_gets_into_a_set_at_once(tmp_path: Path) -> None:
+    """No event says it, so an older set and the events since would bring back a state without it."""
+    data_dir, clock = tmp_path / "data", HandClock()
+    with running(data_dir, clock=clock) as engine:
+        do(engine, SessionPut(id="1", value={"turn": 1}))
+        engine.backup("api")
+        engine.flush("interval")
+    path = data_dir / "chat_sessions.json"
+    path.write_text(path.read_text().replace('"turn":1', '"turn":7'))
+    os.utime(path)
+    with running(data_dir, clock=clock) as engine:
+        clock.advance(60)
+        engine.backups.run_when_due()
+        engine.backups.run_when_due()
+
+    assert len(list_sets(data_dir)) == 2
+    line = state_of(newest(data_dir), None, settings_of(data_dir)).sessions.get("1")
+    assert line is not None and b'"turn":7' in line
 
 
 @pytest.mark.usefixtures("quick")
@@ -759,6 +883,27 @@ def test_history_that_no_moment_needs_is_removed(tmp_path: Path) -> None:
         engine.reconfigure(settings_of(tmp_path / "data", backups={"pitr": 0.0}))
         engine.backups.history.step()
         assert packed(tmp_path) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_clock_that_jumps_ahead_makes_no_history_old(tmp_path: Path) -> None:
+    """Ten years by the wall clock and none by the other: what was packed stays, though a set of then counts as old."""
+    data_dir, clock = tmp_path / "data", HandClock()
+    with running(data_dir, clock=clock, backups={"pitr": 7 * 86400.0}) as engine:
+        fill(engine, 2)
+        engine.backup("api")
+        clock.advance(PACK_AFTER_S)
+        fill(engine, 2)
+        engine.flush("interval")
+        clock.advance(PACK_AFTER_S)
+        engine.backups.history.step()
+        engine.backup("api")
+        packed = [part for part in History(data_dir).parts() if part.is_packed]
+        clock.jump(3650 * 86400)
+        engine.backup("api")
+        engine.backups.history.step()
+
+        assert packed and set(packed) <= {part for part in History(data_dir).parts() if part.is_packed}
 
 
 def test_history_gives_way_on_a_full_disk(tmp_path: Path) -> None:

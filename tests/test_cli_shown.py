@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 import pytest
 
+from holdfast.cli import status
 from holdfast.cli.bench import COLLECTION
 from holdfast.cli.connection import Daemon
 from holdfast.cli.show import bar, printable, readable_size, readable_span, shortened
@@ -111,6 +112,24 @@ def test_what_is_wrong_is_shown_in_red(tmp_path: Path):
     state, reason = shown.raw.split("\r\n")[1:3]
     assert "RUNNING, degraded" in state and "\x1b[31m" in state
     assert "users.json" in reason and "\x1b[31m" in reason
+
+
+def test_the_disk_is_shown_once_it_was_looked_at():
+    """Free room, how long it lasts and what takes it; before the first look nothing is said of it."""
+    disk = {"free_bytes": 3 << 30, "size_bytes": 8 << 30, "free_files": 1, "grows_bytes_h": 1 << 30, "hours_left": 3.0}
+    parts = {"journal": {"bytes": 2048, "files": 2}, "media": {"bytes": 0, "files": 0}}
+    unseen = {"free_bytes": 0, "size_bytes": 0, "free_files": None, "grows_bytes_h": None, "hours_left": None}
+
+    shown = {row.title: row.text for row in status.rows({"state": "RUNNING", "disk": disk, "parts": parts})}
+
+    assert shown == {
+        "state": "RUNNING",
+        "disk free": "3.0 GiB of 8.0 GiB, and 1 file",
+        "disk fills by": "1.0 GiB an hour",
+        "disk is full in": "3 h",
+        "size of journal": "2.0 KiB in 2 files",
+    }
+    assert [row.title for row in status.rows({"state": "RUNNING", "disk": unseen, "parts": {}})] == ["state"]
 
 
 def test_watching_survives_a_restart(tmp_path: Path):

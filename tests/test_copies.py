@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from holdfast.care.backup_set import (
     stored_name,
     write_proof,
 )
-from holdfast.care.copies import Copies, fetch
+from holdfast.care.copies import NOTE_FILE, Copies, fetch
 from holdfast.care.packing import pack
 from holdfast.care.store import CopyFailed, Store, store_of
 from holdfast.clock import parse_ms
@@ -264,6 +265,34 @@ def test_a_place_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
         assert copies.close()
 
 
+def test_a_place_that_had_backups_and_has_none_is_not_filled_anew(tmp_path: Path) -> None:
+    """An empty directory in its stead is where a disk is not mounted; by a new life of the daemon that is known as well."""
+    second = tmp_path / "second"
+    second.mkdir()
+    settings = settings_for(tmp_path, str(second))
+    made = make_set(settings, "2026-11-10T14:00:00.000Z", SAME)
+    copies = running(settings, Log())
+    try:
+        wait_until(lambda: copies.state.newest == made.name and (settings.data_dir / "backups" / NOTE_FILE).exists())
+    finally:
+        assert copies.close()
+    second.rename(tmp_path / "unmounted")
+    second.mkdir()
+
+    log = Log()
+    copies = running(settings, log)
+    try:
+        wait_until(lambda: log.named("backup.copy_failed"))
+        assert "mount its disk" in copies.state.failure
+        assert os.listdir(second) == []
+
+        second.rmdir()
+        (tmp_path / "unmounted").rename(second)
+        wait_until(lambda: not copies.state.failure and copies.state.newest == made.name)
+    finally:
+        assert copies.close()
+
+
 def test_an_address_nobody_answers_at_holds_up_no_stop(tmp_path: Path, server: str) -> None:
     """Whatever the thread is at, the stop of the process goes on without it."""
     settings = bucket_settings(tmp_path, server)
@@ -315,6 +344,26 @@ def test_a_backup_that_is_damaged_is_not_copied(place: Settings) -> None:
         store_of(place).put(made, NEVER)
 
     assert store_of(place).sets() == []
+
+
+def test_a_backup_that_is_damaged_keeps_no_other_from_its_copy(place: Settings) -> None:
+    """It is told, and those before it, which are worth the more now, are copied."""
+    earlier = make_set(place, "2026-11-20T14:00:00.000Z", b"whole")
+    made = make_set(place, "2026-11-21T14:00:00.000Z", SAME)
+    stored = made.path / "file-0.json.zst"
+    content = bytearray(stored.read_bytes())
+    content[100] ^= 1
+    stored.write_bytes(content)
+
+    log = Log()
+    copies = running(place, log)
+    try:
+        wait_until(lambda: log.named("backup.copy_failed"))
+    finally:
+        assert copies.close()
+
+    assert "damaged; it is not copied" in log.named("backup.copy_failed")[0]["reason"]
+    assert [one.name for one in store_of(place).sets()] == [earlier.name]
 
 
 def test_a_copy_that_is_damaged_is_not_fetched(tmp_path: Path) -> None:
@@ -376,6 +425,37 @@ def test_what_is_missing_or_unreachable_says_so(place: Settings, tmp_path: Path)
     assert "= words" not in str(refusal.value)
     with pytest.raises(Unavailable, match="mount its disk"):
         fetch(store_of(place, str(tmp_path / "nowhere")), "latest", place.data_dir)
+
+
+def test_a_server_that_quotes_the_credentials_makes_nobody_tell_them(tmp_path: Path, server: str) -> None:
+    """Those who refuse a request answer with what they were sent."""
+
+    class Quoting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = f"<Error>{self.headers['Authorization']}</Error>".encode()
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    asked = bucket_settings(tmp_path, server).backups
+    with ThreadingHTTPServer(("127.0.0.1", 0), Quoting) as quoting:
+        threading.Thread(target=quoting.serve_forever, daemon=True).start()
+        settings = settings_for(
+            tmp_path,
+            "s3://bucket/x",
+            s3_endpoint=f"http://127.0.0.1:{quoting.server_port}",
+            s3_credentials_file=asked.s3_credentials_file,
+        )
+        with pytest.raises(CopyFailed, match="403 Forbidden") as found:
+            store_of(settings).sets()
+        quoting.shutdown()
+
+    assert "Credential=***" in str(found.value)
+    assert "AKIAEXAMPLE" not in str(found.value)
 
 
 def test_objects_that_no_set_needs_go_after_a_day(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import orjson
 import pytest
 
 from holdfast.care.edited import EditedFiles
-from holdfast.care.inbox import INBOX, PATIENCE_S, SETTLE_S, Inbox
+from holdfast.care.inbox import INBOX, PATIENCE_S, RETRY_S, SETTLE_S, Inbox
+from holdfast.care.merge import merge
 from holdfast.clock import format_ms
+from holdfast.disk.files import Directory
 from holdfast.engine import Engine
 from holdfast.ops import (
     MessageAppend,
+    OrderComplete,
     OrderPut,
     PersonHold,
     RecordDelete,
@@ -226,7 +230,175 @@ def test_a_full_disk_leaves_the_file_where_it_is(tmp_path: Path, monkeypatch: py
         place.engine.close(flush=False)
 
 
+def test_one_conversation_may_be_called_as_a_collection_is(place: Place):
+    """What is in the file tells them apart."""
+    talk = {"id": "ana", "messages": [{"role": "user", "content": "hola", "timestamp": EARLIER}]}
+    waiting = {"conversation_id": "ana", "reason": "she insists", "status": "pending", "timestamp": EARLIER}
+
+    place.put("ana.json", talk, is_old=True)
+    place.put("ana_escalation.json", waiting, is_old=True)
+
+    assert place.look() == 2
+    assert place.names("rejected") == []
+    assert place.engine.transcripts.messages("ana").items[0].id == "1"
+    assert value_of(place.engine, "escalations", "ana")["reason"] == "she insists"
+
+
+def test_lines_that_nobody_closed_are_waited_for(place: Place):
+    """A beginning of them is as good JSON as the whole; one who writes slowly may pause behind any of them."""
+    lines = [json.dumps({"id": id, "messages": []}) + "\n" for id in ("c1", "c2")]
+
+    place.put("conversations.jsonl", lines[0])
+    assert [place.look(), place.look(SETTLE_S), place.look(PATIENCE_S / 2)] == [0, 0, 0]
+    place.put("conversations.jsonl", lines[0] + lines[1])
+    assert [place.look(), place.look(PATIENCE_S)] == [0, 1]
+
+    assert place.engine.get("conversations", "c2") is not None
+
+
+def test_a_file_that_changes_while_it_is_merged_is_merged_again(place: Place, monkeypatch: pytest.MonkeyPatch):
+    """What is put away is what was merged; a file that is gone in the meantime is nobody's failure."""
+
+    def meanwhile(change: Callable[[], object]) -> None:
+        def merge_then(*args: Any, **options: Any) -> Any:
+            report = merge(*args, **options)
+            change()
+            monkeypatch.setattr("holdfast.care.inbox.merge", merge)
+            return report
+
+        monkeypatch.setattr("holdfast.care.inbox.merge", merge_then)
+
+    path = place.put("notes.json", NOTES, is_old=True)
+    meanwhile(lambda: place.put("notes.json", [*NOTES, {"id": "n2"}]))
+    assert place.look() == 0
+    assert place.look() == 0
+    assert place.look(SETTLE_S) == 1
+    assert place.engine.count("notes") == 2
+    assert place.names("done") == ["notes.json"]
+
+    place.put("notes.json", NOTES, is_old=True)
+    meanwhile(path.unlink)
+    assert place.look() == 0
+    assert place.look() == 0
+    assert place.names("rejected") == []
+
+
+def test_a_file_that_vanishes_before_it_is_read_is_forgotten(place: Place, monkeypatch: pytest.MonkeyPatch):
+    """It leaves no report behind, and the next one has its turn."""
+
+    def merge_gone(engine: Engine, given: Any, **options: Any) -> Any:
+        (place.path / "a.json").unlink(missing_ok=True)
+        return merge(engine, given, **options)
+
+    monkeypatch.setattr("holdfast.care.inbox.merge", merge_gone)
+    place.put("a.json", NOTES, is_old=True)
+    place.put("b.json", NOTES, is_old=True)
+
+    assert place.look() == 1
+
+    assert (place.names("done"), place.names("rejected")) == (["b.json"], [])
+
+
+def test_a_file_that_cannot_be_moved_keeps_no_other_waiting(place: Place, monkeypatch: pytest.MonkeyPatch):
+    """It is told, and tried again."""
+    move = Directory.move
+
+    def refuse(self: Directory, name: str, into: Directory, new_name: str) -> None:
+        if name == "a.json":
+            raise PermissionError(13, "Permission denied")
+        move(self, name, into, new_name)
+
+    place.put("a.json", NOTES, is_old=True)
+    place.put("b.json", NOTES, is_old=True)
+    monkeypatch.setattr(Directory, "move", refuse)
+
+    assert place.look() == 1
+    assert place.names("done") == ["b.json"]
+    [said] = place.log.named("inbox.postponed")
+    assert said["reason"] == "it cannot be put away: Permission denied"
+    monkeypatch.setattr(Directory, "move", move)
+    assert place.look(RETRY_S) == 1
+
+
 # Edits.
+
+
+def test_an_edit_that_a_flush_came_before_is_taken_over(place: Place):
+    """The flush replaces the file while the editor still writes; what he wrote in the end counts all the same, and once."""
+    for id in ("n1", "n2"):
+        do(place.engine, RecordPut(collection="notes", id=id, value={"text": id}))
+    place.engine.flush("api")
+    path = place.data_dir / "notes.json"
+    text = path.read_text().replace('"text":"n1"', '"text":"edited"')
+    with path.open("r+") as editor:
+        editor.write(text[: len(text) // 2])
+        editor.truncate()
+        editor.flush()
+        place.edited.look()
+        do(place.engine, RecordPut(collection="notes", id="n3", value={"text": "n3"}))
+        place.engine.flush("api")
+        place.edited.look()
+        editor.write(text[len(text) // 2 :])
+    place.look_at_edits()
+
+    assert value_of(place.engine, "notes", "n1")["text"] == "edited"
+    assert place.engine.count("notes") == 3
+    [said] = place.log.named("snapshot.edit_merged")
+    assert (said["newer"], said["refused"]) == (1, 0)
+    place.engine.flush("api")
+    place.look_at_edits()
+    assert len(place.log.named("snapshot.edit_merged")) == 1
+
+
+def test_what_the_disk_changed_is_not_taken_for_an_edit(place: Place):
+    """A file that is written anew because it is not what it was has the time at which we wrote it."""
+    do(place.engine, RecordPut(collection="notes", id="n1", value={"text": "hello"}))
+    place.engine.flush("api")
+    path = place.data_dir / "notes.json"
+    written_ns = path.stat().st_mtime_ns
+    path.write_text(path.read_text().replace("hello", "hellp"))
+    os.utime(path, ns=(written_ns, written_ns))
+
+    place.engine.rewrite(["notes.json"])
+    place.engine.flush("api")
+    place.look_at_edits()
+
+    assert value_of(place.engine, "notes", "n1")["text"] == "hello"
+    assert not place.log.named("snapshot.edit_merged")
+
+
+def test_an_edit_changes_the_records_that_were_edited_and_no_other(place: Place):
+    """Money is no reason to take an order for edited, and what only looks the same is an edit."""
+    for id in ("1", "2", "3"):
+        do(place.engine, OrderPut(id=id, value={"recipientPhone": "57", "note": id}))
+        do(place.engine, OrderComplete(id=id, revenue=Decimal("10.10")))
+    do(place.engine, RecordPut(collection="notes", id="n1", value={"done": True}))
+    place.engine.flush("api")
+
+    place.edit("completed_orders.json", '"note":"2"', '"note":"two"')
+    place.edit("notes.json", '"done":true', '"done":1')
+
+    first, second = place.log.named("snapshot.edit_merged")
+    assert (first["newer"], second["newer"]) == (1, 1)
+    assert value_of(place.engine, "orders", "2")["note"] == "two"
+    found = place.engine.get("notes", "n1")
+    assert found is not None and found.value == b'{"id":"n1","done":1}'
+
+
+def test_records_that_an_editor_laid_out_otherwise_are_taken_as_they_are(place: Place):
+    """JSON is JSON, on however many lines."""
+    for id in ("n1", "n2", "n3"):
+        do(place.engine, RecordPut(collection="notes", id=id, value={"text": id}))
+    place.engine.flush("api")
+    lines = (place.data_dir / "notes.json").read_text().splitlines()
+    lines[2] = lines[2].replace("{", "{\n  ", 1).replace('"text":"', '"text": "edited ')
+    lines[3] += '\n, {"id": "n4"}'
+
+    (place.data_dir / "notes.json").write_text("\n".join(lines[:-1]) + "]")
+    place.look_at_edits()
+
+    [said] = place.log.named("snapshot.edit_merged")
+    assert (said["newer"], said["added"], said["refused"], said["missing"]) == (1, 1, 0, 0)
 
 
 def test_an_edit_counts_although_its_time_is_older_and_is_kept(place: Place):

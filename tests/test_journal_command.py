@@ -89,6 +89,25 @@ def test_stat_counts(made: Path) -> None:
     assert "7 events" in shown.stdout and "user.put" in shown.stdout
 
 
+def test_a_restored_state_is_no_missing_event(tmp_path: Path) -> None:
+    """It stands at a number that no event has; further back nothing is missing."""
+    data_dir = tmp_path / "data"
+    with running(data_dir, journal_keep=1 << 20) as engine:
+        do(engine, UserPut(id="u1", value={"n": 1}))
+        engine.backup("api")
+        do(engine, UserPut(id="u2", value={"n": 2}))
+        engine.flush("api")
+    assert forked("restore", "--data-dir", data_dir, "--yes", cwd=tmp_path).returncode == 0
+    with running(data_dir, journal_keep=1 << 20) as engine:
+        do(engine, UserPut(id="u3", value={"n": 3}))
+        engine.flush("api")
+
+    done = journal(data_dir, "dump", "--all")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert seqs(done) == [1, 2, 4]
+
+
 def test_stat_of_nothing(tmp_path: Path) -> None:
     """A journal without events is no failure."""
     with running(tmp_path / "data"):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,19 @@ from holdfast.care.backup_set import list_sets
 from holdfast.care.restore import keep_history
 from holdfast.disk.files import Directory
 from holdfast.errors import DataRefused
-from holdfast.ops import ConversationDelete, ConversationPut, Message, MessageAppend, SessionPut
+from holdfast.ops import (
+    ConversationDelete,
+    ConversationPut,
+    Message,
+    MessageAppend,
+    OrderComplete,
+    OrderDelete,
+    OrderPut,
+    SessionPut,
+)
 from tests.crash.harness import FULL
 from tests.engine_harness import HandClock, Log, do
-from tests.restore_harness import all_of, change, copy_of, opened, pack_set
+from tests.restore_harness import all_of, change, copy_of, messages_of, opened, pack_set
 
 CHANGES = 48
 
@@ -115,6 +125,25 @@ def test_a_file_comes_back_whole_from_backup_and_journal(
     if file == FILES[0]:
         engine.backup("api")
         assert engine.degraded == []
+    engine.close()
+
+
+@pytest.mark.parametrize("file", FILES if FULL else [FILES[0], FILES[4], FILES[5]])
+def test_a_file_that_is_missing_with_the_manifest_comes_back(kept: Lived, tmp_path: Path, file: str):
+    """Nothing here says any more that it was there; the backups do."""
+
+    def spoil(path: Path) -> None:
+        (path / "manifest.json").unlink()
+        (path / file).unlink()
+
+    lived, log = spoilt(kept, tmp_path, spoil), Log()
+
+    engine = opened(lived.path, clock=HandClock(lived.now_ms), log=log)
+
+    assert all_of(engine) == lived.seen
+    if file != "_counted.json":
+        assert file in engine.degraded[0]
+        assert log.named("snapshot.damaged")[0]["file"] == file
     engine.close()
 
 
@@ -300,3 +329,56 @@ def test_what_was_removed_does_not_come_back_with_the_archive(tmp_path: Path):
     assert found["conversations"]["chat"][1] == seen["conversations"]["chat"][1]
     assert "old" not in json.dumps(found["conversations"])
     engine.close()
+
+
+@pytest.mark.parametrize("damaged", ["pending_orders.json", "completed_orders.json"])
+def test_an_order_is_never_pending_and_closed_at_once(tmp_path: Path, damaged: str):
+    """Where only one of the two files comes back older, an order that was in it then stays where it is now."""
+    place, clock = tmp_path / "data", HandClock()
+    engine = opened(place, clock=clock, backups={"pitr": 0.0}, journal_keep=0)
+    for id in ("1", "2", "3"):
+        do(engine, OrderPut(id=id, value={"recipientPhone": "573001111111", "productType": "music"}))
+    do(engine, OrderComplete(id="3", revenue=Decimal(1)))
+    engine.flush("api")
+    engine.close()
+    pack_set(place, clock.now_ms())
+    engine = opened(place, clock=clock, backups={"pitr": 0.0}, journal_keep=0)
+    do(engine, OrderComplete(id="1", revenue=Decimal(10)))
+    do(engine, OrderDelete(id="3"))
+    do(engine, OrderPut(id="3", value={"recipientPhone": "573001111111", "productType": "videos"}))
+    engine.close()
+    (place / damaged).write_bytes(b"")
+
+    engine = opened(place, clock=clock, backups={"pitr": 0.0}, journal_keep=0)
+    pending = {one.id for one in engine.everything("orders")}
+    closed = {one.id for one in engine.everything("completed_orders")}
+    reasons = engine.degraded
+    engine.close()
+
+    assert any(damaged in reason for reason in reasons)
+    assert (pending, closed) == (({"2"}, {"1"}) if damaged == "pending_orders.json" else ({"2", "3"}, set()))
+
+
+@pytest.mark.parametrize("has_set", [True, False])
+def test_a_conversation_goes_on_behind_its_archived_messages(tmp_path: Path, has_set: bool):
+    """Its head is lost, or comes back older than the archive: a new message must not get the number of one that is there."""
+    place, clock = tmp_path / "data", HandClock()
+    settings: dict[str, Any] = {"backups": {"pitr": 0.0}, "journal_keep": 0}
+    said = [f"message {number}" for number in range(6)]
+    for part in (said[:2], said[2:]):
+        engine = opened(place, clock=clock, **settings)
+        for content in part:
+            do(engine, MessageAppend(id="chat", messages=[Message(role="user", content=content)]))
+        engine.close()
+        if has_set and part == said[:2]:
+            pack_set(place, clock.now_ms())
+    (place / "_conversations.json").write_bytes(b"")
+
+    engine = opened(place, clock=clock, **settings)
+    reasons = engine.degraded
+    do(engine, MessageAppend(id="chat", messages=[Message(role="user", content="new")]))
+    seen = [message["content"] for message in messages_of(engine, "chat")]
+    engine.close()
+
+    assert any("_conversations.json was damaged" in reason for reason in reasons)
+    assert seen == [*said, "new"]

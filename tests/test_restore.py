@@ -18,6 +18,7 @@ from holdfast.care import put_back, restore, swap
 from holdfast.care.backup import back_up_stopped
 from holdfast.care.backup_set import SET_FILE, BackupSet, SetDamaged, list_sets, read_set
 from holdfast.care.history import History, HistoryGap
+from holdfast.care.history_follower import PACK_AFTER_S
 from holdfast.care.restore import Target
 from holdfast.care.rewind import state_of
 from holdfast.clock import Clock, format_ms
@@ -299,6 +300,106 @@ def test_a_history_that_is_gone_is_not_taken_for_silence(directory: Lived):
         target_at(directory, directory.moments[-1].at_ms)
 
 
+def test_a_moment_since_a_restore_is_never_the_state_before_it(directory: Lived):
+    """Without a backup of the restored state, nor any event since, it is refused; the next look takes that backup."""
+    settings, first = settings_of(directory.path), directory.moments[3]
+    target = target_at(directory, first.at_ms)
+    plan, _ = restore.planned(settings, target, None, History(directory.path), engine=None, now_ms=directory.now_ms)
+    restoring = restore.Restoring(settings, target, plan, None, log=Log())
+    restoring.prepare()
+    restoring.finish("", 0, directory.now_ms, is_awaited=True)
+    later = directory._replace(now_ms=Clock().now_ms() + 1)
+
+    with pytest.raises(HistoryGap):
+        target_at(later, later.now_ms)
+
+    engine = opened(directory.path, clock=Clock())
+    engine.backups.run_when_due()
+    later = directory._replace(now_ms=engine.now_ms())
+    engine.close()
+    restored(later, target_at(later, later.now_ms))
+    assert seen_in(later) == first.seen
+
+
+def test_an_empty_directory_that_is_started_keeps_the_history_it_was_given(directory: Lived, tmp_path: Path):
+    """Backups were copied to a new machine, and the daemon came before the restore: every moment is still there."""
+    with Directory(directory.path) as data:
+        restore.keep_history(data, None)
+    shutil.copytree(directory.path / "backups", tmp_path / "new" / "backups")
+    there, wanted = directory._replace(path=tmp_path / "new"), directory.moments[5]
+    engine = opened(there.path, clock=HandClock(directory.now_ms + 1))
+    assert any("what is missing is in the backups" in reason for reason in engine.degraded)
+    engine.close()
+
+    restored(there, target_at(there, wanted.at_ms))
+
+    assert seen_in(there) == wanted.seen
+
+
+def test_the_number_that_a_restored_state_took_is_no_gap(directory: Lived):
+    """The history goes on behind it, and nobody is told that an event was lost."""
+    report = restored(directory, target_at(directory, directory.moments[3].at_ms))
+    clock, log = HandClock(Clock().now_ms()), Log()
+    engine = opened(directory.path, clock=clock, log=log)
+    for number in (CHANGES, CHANGES + 1):
+        change(engine, number)
+        engine.flush("interval")
+        clock.advance(PACK_AFTER_S)
+    engine.backups.history.step()
+    engine.close()
+
+    assert log.named("history.gap_found") == []
+    assert report.seq + 1 in {part.first_seq for part in History(directory.path).parts() if part.is_packed}
+
+
+def test_a_directory_put_back_from_an_older_copy_mixes_no_histories(directory: Lived, tmp_path: Path):
+    """What its backups know beyond the copy stays there, and comes back by their names; no moment is made of both."""
+    older, clock = copy_of(directory.path, tmp_path / "older"), HandClock(directory.now_ms)
+    engine = opened(directory.path, clock=clock)
+    for number in range(CHANGES, CHANGES + 30):
+        clock.advance(1)
+        change(engine, number)
+    clock.advance(1)
+    undone = engine.backup("api").name
+    clock.advance(1)
+    undone_ms, undone_seen = clock.now_ms(), all_of(engine)
+    engine.close()
+    with Directory(directory.path) as data:
+        restore.keep_history(data, None)
+    for path in directory.path.iterdir():
+        if path.name != "backups":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copytree(older, directory.path, ignore=shutil.ignore_patterns("backups"), dirs_exist_ok=True)
+
+    clock.advance(60)
+    log = Log()
+    engine = opened(directory.path, clock=clock, log=log)
+    assert any("older copy" in reason for reason in engine.degraded)
+    assert log.named("history.set_aside") and list((directory.path / "quarantine").iterdir())
+    for number in range(CHANGES + 30, CHANGES + 70):
+        clock.advance(1)
+        change(engine, number)
+    directory = directory._replace(now_ms=clock.now_ms())
+    with pytest.raises(HistoryGap):
+        target_at(directory, clock.now_ms())
+    clock.advance(1)
+    engine.backups.run_when_due()
+    clock.advance(1)
+    change(engine, CHANGES + 70)
+    clock.advance(1)
+    directory, present = directory._replace(now_ms=clock.now_ms()), all_of(engine)
+    engine.close()
+
+    for wanted, seen in (
+        (target_at(directory, undone_ms), undone_seen),
+        (target_at(directory, clock.now_ms()), present),
+    ):
+        into = tmp_path / str(wanted.seq)
+        restore.restore_beside(wanted, into, settings_of(directory.path), None, History(directory.path))
+        assert seen_in(directory, into) == seen
+    assert target_at(directory, None, "latest").found.name != undone
+
+
 def _spoilt(found: BackupSet) -> Iterator[tuple[str, bytes]]:
     for path in sorted(found.path.iterdir()):
         raw = path.read_bytes()
@@ -326,6 +427,7 @@ def test_a_spoilt_backup_is_refused(directory: Lived, tmp_path: Path):
             )
 
         assert path.name.removesuffix(".zst") in str(refused.value) and "\n" not in str(refused.value), what
+        assert "choose another" in str(refused.value), what
         assert not (tmp_path / "into").exists()
         assert_nothing_changed(directory, before)
         path.write_bytes(whole)
@@ -575,6 +677,14 @@ def test_what_was_not_there_then_cannot_come_back(served: tuple[Lived, Engine]):
     with pytest.raises(NotFound, match="later"):
         put_part_back(lived, engine, lived.moments[3].at_ms, put_back.Part("users", "later"))
     assert value_of(engine, "users", "later") is not None
+
+
+def test_a_collection_that_neither_has_is_an_error(served: tuple[Lived, Engine]):
+    """A slip of the pen is not a restore of nothing: the names that there are are told."""
+    lived, engine = served
+
+    with pytest.raises(NotFound, match=r"'nots'; there are now: .*notes"):
+        put_part_back(lived, engine, lived.moments[3].at_ms, put_back.Part("nots"))
 
 
 @pytest.mark.parametrize(

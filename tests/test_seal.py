@@ -11,7 +11,7 @@ from pathlib import Path
 import pyrage
 import pytest
 
-from holdfast.care.packing import Unreadable, pack, unpack
+from holdfast.care.packing import Unreadable, pack, seal_for, unpack
 from holdfast.care.seal import AgeSeal, seal_of, writing_seal
 from holdfast.errors import SettingsError
 from holdfast.settings import Settings, chosen, load
@@ -90,6 +90,13 @@ def test_another_key_does_not_open_it(keys: Keys, tmp_path: Path) -> None:
 
     with pytest.raises(Unreadable, match=r"encrypted for another key.*--identity"):
         b"".join(unpack([packed], other))
+
+
+def test_what_is_encrypted_is_not_taken_for_damaged_where_nothing_is_set() -> None:
+    """Without recipients and key in the settings the reason is the key that lacks, and what is not encrypted is read."""
+    assert seal_for("users.json.zst", None) is None
+    with pytest.raises(Unreadable, match=r"there is no key.*--identity"):
+        seal_for("users.json.zst.age", None)
 
 
 def test_without_a_key_it_can_be_written_but_not_read(keys: Keys) -> None:
@@ -215,6 +222,18 @@ def test_a_key_in_place_of_its_path_is_refused_and_not_shown(name: str, tmp_path
         load({}, {variable: "AGE-SECRET-KEY-1QQ"}, cwd=tmp_path)
 
     assert "1QQ" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("line", ["{}", "key: {}", "'{}'"])
+def test_a_key_among_the_recipients_is_refused_and_not_shown(line: str, tmp_path: Path) -> None:
+    """However it is written: the refusal goes to a log."""
+    for key in (str(pyrage.x25519.Identity.generate()), str(pyrage.x25519.Identity.generate()).lower()):
+        (tmp_path / "recipients").write_text(line.format(key) + "\n")
+
+        with pytest.raises(SettingsError, match="found a secret key") as refusal:
+            seal_of(settings(recipients=str(tmp_path / "recipients")))
+
+        assert key not in str(refusal.value)
 
 
 def test_files_that_hold_no_keys_are_refused_with_the_reason(keys: Keys, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -41,6 +43,7 @@ from holdfast.ops import (
     AnyOp,
     ConversationArchive,
     ConversationDelete,
+    ConversationHold,
     ConversationPut,
     EscalationOpen,
     Message,
@@ -475,6 +478,39 @@ def test_where_some_records_are_invalid_none_is_taken_unless_that_is_wanted(tmp_
         assert engine.count("sessions") == 5
 
 
+def test_what_a_bot_keeps_beside_its_data_is_left_out(tmp_path: Path):
+    """A file of a directory that holds no array of records is named, and is no reason to take nothing."""
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "notes.json").write_text('[{"id": "n1"}]')
+    (old / "options.json").write_text('{"colour": "blue"}')
+    with running(tmp_path / "b") as engine:
+        report = taken(engine, old)
+
+        assert (report.changes, report.ignored, list(report.collections)) == (1, ["options.json"], ["notes"])
+
+
+def test_a_broken_file_of_a_bot_is_refused_unless_the_others_are_wanted(tmp_path: Path):
+    """With skips_invalid the other files are taken, and those that nothing can be made of are named and counted."""
+    old = tmp_path / "old"
+    (old / "conversations").mkdir(parents=True)
+    (old / "notes.json").write_text('[{"id": "n1"}]')
+    (old / "chat_sessions.json").write_text('[{"recipientPhone": "57')
+    (old / "conversations" / "broken.json").write_text('{"conversation_id": "br')
+    with running(tmp_path / "b") as engine:
+        with pytest.raises(InvalidRecord, match=r"chat_sessions\.json: not JSON"):
+            taken(engine, old)
+        assert engine.status()["seq"] == 0
+
+        report = taken(engine, old, skips_invalid=True)
+
+        assert (report.changes, report.sum_of("refused")) == (1, 2)
+        assert [reason.partition(":")[0] for reason in report.reasons] == [
+            "chat_sessions.json",
+            "conversations/broken.json",
+        ]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -549,6 +585,42 @@ def test_no_archive_does_harm(tmp_path: Path, archive: bytes, reason: str):
     """What leads out of it, what is no file, and what is larger than there is room for is refused before it is unpacked."""
     with running(tmp_path / "b") as engine, pytest.raises(InvalidRecord, match=reason):
         imported(engine, b"".join(pack([archive])))
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path):
+    """The manifest vouches for one of them only."""
+    with running(tmp_path / "a") as source:
+        do(source, RecordPut(collection="notes", id="n1", value={"text": "hello"}))
+        files = contents(exported(source))
+    other = ("notes.json", b'[\n{"id":"smuggled"}\n]\n')
+
+    with running(tmp_path / "b") as target:
+        for members in ([other, *files.items()], [*files.items(), other]):
+            archive = b"".join(tar.header_of(name, len(raw)) + raw + tar.padding_of(len(raw)) for name, raw in members)
+            with pytest.raises(InvalidRecord, match="two files with the name"):
+                imported(target, b"".join(pack([archive, tar.ENDING])))
+
+        assert target.count("notes") == 0
+
+
+def test_an_archive_may_have_more_files_than_a_process_may_open(tmp_path: Path):
+    """An old bot has a file for each conversation."""
+    message = {"role": "user", "content": "hola", "timestamp": EARLIER}
+    files = {
+        f"conversations/c{n}.json": orjson.dumps({"id": f"c{n}", "messages": [message] * (n % 5)}) for n in range(300)
+    }
+    archive = packed(files)
+
+    with running(tmp_path / "b") as target:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 50, hard))
+        try:
+            report = imported(target, archive)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+        assert report.collections["conversations"].added == 300
+        assert all(len(transcript(target, f"c{n}")) == n % 5 for n in range(300))
 
 
 def test_a_small_archive_of_much_does_not_fill_memory_or_disk(tmp_path: Path):
@@ -645,6 +717,49 @@ def test_an_import_that_was_killed_is_completed_by_the_next(tmp_path: Path, even
         assert unversioned(target) == expected
 
 
+def test_a_conversation_is_taken_whole_with_its_hold(tmp_path: Path):
+    """In one event, since whoever imports again after a crash finds it here and leaves it as it is."""
+    with running(tmp_path / "a") as source:
+        do(source, MessageAppend(id="c", role="user", content="hola", created_at=EARLIER))
+        do(source, ConversationArchive(id="c"))
+        do(source, ConversationHold(id="c", reason="in court"))
+        archive = exported(source)
+        expected = unversioned(source)
+
+    with running(tmp_path / "b") as target:
+        before = target.status()["seq"]
+        imported(target, archive)
+
+        assert target.status()["seq"] == before + 1
+        assert unversioned(target) == expected
+
+
+def test_a_record_that_somebody_is_changing_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A change on its way to the disk cannot be seen yet, but counts."""
+    disk = Disk(monkeypatch)
+    (tmp_path / "notes").mkdir()
+    notes = [{"id": "n1", "updatedAt": LATER}, {"id": "n2", "updatedAt": LATER}]
+    (tmp_path / "notes" / "notes.json").write_bytes(orjson.dumps(notes))
+    with running(tmp_path / "b") as target:
+        do(target, RecordPut(collection="notes", id="n1", value={"updatedAt": EARLIER}))
+        go_on = threading.Event()
+        changes = 0
+
+        def change_first() -> str | None:
+            nonlocal changes
+            changes += 1
+            disk.before_sync = lambda: (go_on.wait(10), None)[1]
+            target.submit(RecordPut(collection="notes", id="n1", value={"updatedAt": EARLIER, "changed": True}))
+            threading.Timer(0.1, go_on.set).start()
+            return None
+
+        report = taken(target, tmp_path / "notes", before_change=change_first)
+
+        assert changes == 1
+        assert report.collections["notes"].newer == 1 and report.collections["notes"].added == 1
+        assert value_of(target, "notes", "n1") == notes[0]
+
+
 # Redaction.
 
 
@@ -691,6 +806,31 @@ def test_a_redacted_export_tells_nobody_who_it_was_or_what_was_said(tmp_path: Pa
             report = imported(target, exported(engine, is_redacted=True))
 
             assert report.sum_of("refused") == 0 and target.count("sessions") == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("customers", {"Carlos": {"visits": 1}}),
+        ("p57-300-123-4567", 1),
+        ("author", "Carlos"),
+        ("handler", "Carlos"),
+        ("status", "x57300123456789012345"),
+        ("contactPhone", 61234567),
+        ("tel", 61234567),
+        ("sum", 573001234567.5),
+        ("list", [573001234567, "Carlos", ["Carlos"]]),
+        ("nested", {"role": "Carlos", "currentState": "Carlos Pérez"}),
+    ],
+)
+def test_odd_places_for_names_and_numbers_are_redacted_too(field: str, value: Any):
+    """In keys, where only certain words stay, as numbers, and in lists."""
+    from holdfast.care.redact import Redactor
+
+    shown = json.dumps(Redactor(b"key").record({"id": 61234567, field: value}, "id"))
+
+    for secret in ("Carlos", "61234567", "573001234567", "57300123456", "300-123-4567"):
+        assert secret not in shown
 
 
 @given(st.lists(st.from_regex(r"[1-9][0-9]{6,11}", fullmatch=True), unique=True, max_size=50))

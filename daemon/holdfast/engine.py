@@ -51,7 +51,7 @@ from holdfast.disk.journal import Journal
 from holdfast.disk.snapshot import Manifest
 from holdfast.errors import BadRequest, ForkedProcess, HoldfastError, StorageFull, TooLarge, Unavailable
 from holdfast.feed import Events, Feed, Selection
-from holdfast.flush import Flusher, change_detector
+from holdfast.flush import Flusher, KeptEdit, change_detector
 from holdfast.leases import LeaseQueue
 from holdfast.load import forgotten_ms
 from holdfast.measures import Gauges
@@ -874,6 +874,11 @@ class Engine:
         """The snapshot files that are not as the last flush left them: somebody wrote, or removed, them."""
         self._check_readable()
         return self._flusher.edited()
+
+    def take_kept_edits(self) -> list[KeptEdit]:
+        """The edits of snapshot files that a flush came before, and kept; each is told once."""
+        self._check_readable()
+        return self._flusher.take_kept_edits()
 
     def rewrite(self, names: Collection[str]) -> None:
         """Have the next flush write the snapshot files *names* anew; what stands there is kept in ``backups/``."""

@@ -7,9 +7,12 @@ manifest; the files move into place; the manifest follows; only then is the jour
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -121,6 +124,9 @@ class Flusher:
         self._loaded = loaded
         # Of a flush that failed while its files moved into place.
         self._interrupted: Manifest | None = None
+        # As the flush that wrote them left them.
+        self._distrusted: dict[str, FileEntry] = {}
+        self._kept_edits: list[KeptEdit] = []
         self._clock = clock
         self._log = log
         self._running = threading.Lock()
@@ -182,7 +188,9 @@ class Flusher:
         """Have the next flush write the files *names* anew, whether their collections changed or not: somebody else, or the
         disk, changed what we wrote. What stands there is kept as evidence."""
         with self._running:
-            files = {name: entry for name, entry in self._manifest.files.items() if name not in set(names)}
+            doubtful = set(names)
+            self._distrusted |= {name: entry for name, entry in self._manifest.files.items() if name in doubtful}
+            files = {name: entry for name, entry in self._manifest.files.items() if name not in doubtful}
             self._manifest = msgspec.structs.replace(self._manifest, files=files)
 
     def flush(self, reason: str, committer: Committer, state: State) -> FlushReport:
@@ -333,6 +341,13 @@ class Flusher:
         self._directory.rename(MANIFEST_NEXT, MANIFEST)
         self._directory.sync()
         self._manifest, self._interrupted = manifest, None
+        self._distrusted.clear()
+
+    def take_kept_edits(self) -> list[KeptEdit]:
+        """The edits that a flush has replaced and kept since this was asked last."""
+        with self._running:
+            taken, self._kept_edits = self._kept_edits, []
+        return taken
 
     def edited(self) -> list[str]:
         """The files that are not as the last flush left them, or as they were loaded."""
@@ -369,7 +384,14 @@ class Flusher:
             with self._directory.subdirectory("backups") as backups:
                 place = f"edited-{format_ms(self._clock.now_ms()).replace(':', '')}"
                 with backups.subdirectory(place) as kept:
-                    self._directory.keep_copy(name, kept)
+                    # Not a copy: whoever is still writing it writes on in what is kept.
+                    self._directory.keep_link(name, kept)
+                    with suppress(OSError), os.fdopen(kept.open_to_read(name), "rb") as file:
+                        os.fchmod(file.fileno(), 0o600)
+                    last = self._distrusted.get(name, ours)
+                    # What the disk changed under us is nobody's edit.
+                    if last is not None and (found.st_size, found.st_mtime_ns) != (last.bytes, last.mtime_ns):
+                        self._kept_edits.append(KeptEdit(name, kept.path, last))
             self._log.warning("snapshot.edit_kept", file=name, kept_in=f"backups/{place}")
 
     def close(self) -> None:
@@ -393,6 +415,20 @@ def _retry_lines(state: State, committer: Committer) -> list[bytes]:
         if line is not None:
             lines.append(line)
     return lines
+
+
+class KeptEdit(NamedTuple):
+    """A snapshot file that somebody edited, and that a flush replaced before the edit was taken over.
+
+    Attributes:
+        name: of the file.
+        place: the directory in which it is kept under that name.
+        entry: what stood there before the edit.
+    """
+
+    name: str
+    place: Path
+    entry: FileEntry
 
 
 class _Run:

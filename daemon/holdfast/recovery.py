@@ -10,12 +10,16 @@ import logging
 import stat
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
+import orjson
 import structlog
 
-from holdfast.archive.place import DataDirectoryPlace
+from holdfast import record
+from holdfast.archive.place import ARCHIVE, DataDirectoryPlace
+from holdfast.archive.sqlite_salvage import salvage_heads
 from holdfast.care import swap, upgrade
 from holdfast.care.backup import back_up_before_upgrade
 from holdfast.care.candidates import Backed, Candidate, backed_up_messages
@@ -27,7 +31,17 @@ from holdfast.core.decide import decide_expiry, due_ms
 from holdfast.core.event import decode_event
 from holdfast.core.rules import Rules
 from holdfast.core.sales import Sales, decode_sales, oldest_day
-from holdfast.core.state import BUILT_IN, EVENT_OPS, RETRIES, SESSIONS, USERS, State, apply, is_custom_name
+from holdfast.core.state import (
+    BUILT_IN,
+    CONVERSATIONS,
+    EVENT_OPS,
+    RETRIES,
+    SESSIONS,
+    USERS,
+    State,
+    apply,
+    is_custom_name,
+)
 from holdfast.disk.files import Directory, DirectoryLock, prepare_directory
 from holdfast.disk.journal import SEGMENT_NAME, Damage, History, Journal, JournalLine, read_history, segment_name
 from holdfast.disk.snapshot import (
@@ -190,6 +204,10 @@ class _Recovery:
         self._healed: list[str] = []
         self._backed = Backed(settings)
         self._ignored: dict[str, str] = {}
+        # Collections that came back as far as that was possible, and not as they were.
+        self._inexact: set[str] = set()
+        # Whether a file held something that is in no event: an old bot's, or one edited by hand.
+        self._has_merged = False
         # What is done for each damaged file once it is certain that the start goes on.
         self._evidence: list[Callable[[Directory], None]] = []
 
@@ -267,6 +285,8 @@ class _Recovery:
         if self._healed:
             engine.care_notes["recovered"] = f"{'; '.join(self._healed)}; until the next backup is made"
             engine.backups.completed += (lambda found: engine.care_notes.pop("recovered", None),)
+        # Only the files say it, not the events: what is restored from an older set and the events since would not have it.
+        engine.backups.is_wanted |= bool(self._damages or self._has_merged)
         if self._damages or self._healed:
             # So that the next start finds whole files, and a journal without holes.
             try:
@@ -315,12 +335,13 @@ class _Recovery:
                     names[file] = stem
                 else:
                     self._ignore(file, stem, "its name is no collection's name")
-        for file in self._manifest.files:
+        for file in [*self._manifest.files, *self._backed_up_files()]:
             if file not in names and file not in _NOT_COLLECTIONS and is_custom_name(file.removesuffix(".json")):
                 names[file] = file.removesuffix(".json")
         for file, name in names.items():
             self._check_cancelled()
             self._load_collection(file, name)
+        self._drop_doubles()
         self._load_user_files()
         self._load_sales()
 
@@ -332,6 +353,9 @@ class _Recovery:
                 self._replaced.add(file)
                 reason = f"{file} is missing; it held {known.records} records"
                 self._recover(file, Collection(name), 0, reason, known)
+            elif file in self._backed_up_files():
+                self._replaced.add(file)
+                self._recover(file, Collection(name), 0, f"{file} is missing, and so is the manifest", None)
             return
         for entry in entries:
             collection = Collection(name)
@@ -352,6 +376,23 @@ class _Recovery:
                 self._moved[file] = entry
             return
         self._load_changed(file, name, is_ours=bool(entries) or name in BUILT_IN, known=known)
+
+    def _backed_up_files(self) -> list[str]:
+        """The snapshot files that a backup has with something in them, where no manifest says what there should be.
+
+        Empty when nothing was flushed yet: then a backup is no word about these files.
+        """
+        if self._has_manifest or not self._base_seq():
+            return []
+        some = [found.manifest.files for found in self._backed.sets if found.manifest is not None]
+        return sorted(
+            {
+                name
+                for files in some
+                for name, stored in files.items()
+                if stored.kind == "snapshot" and (stored.records or name == SALES_FILE)
+            }
+        )
 
     def _entries_of(self, file: str) -> list[FileEntry]:
         """What *file* may be as we left it: by the manifest, or by the one of an interrupted flush."""
@@ -382,6 +423,7 @@ class _Recovery:
             return
         self._counts.skipped_invalid += counts.skipped_invalid
         self._counts.merged += counts.merged
+        self._has_merged = True
         self._replaced.add(file)
         if not found.is_whole:
             self._quarantine_copy(self._directory, file, found.reason)
@@ -416,8 +458,41 @@ class _Recovery:
                 for id in salvaged:
                     best.fill(id, salvaged.get(id) or b"")
                 source, records = (f"salvage, {found.source}" if saved else found.source), best.count
+        self._inexact.add(salvaged.name)
+        if salvaged.name == CONVERSATIONS and (count := self._take_archived_heads(best)):
+            source, records = (f"{source}, {ARCHIVE}" if records else ARCHIVE), count
         self._adopt(best, 0)
         self._lose(file, reason, records, source)
+
+    def _take_archived_heads(self, best: Collection) -> int:
+        """Bring the conversations in *best* up to what the archive has of them; how many there are then, 0 without an archive.
+
+        An older head counts its messages anew, and those that are archived under these numbers would hide the new ones.
+        """
+        taken = False
+        with suppress(OSError):
+            if self._directory.stat(ARCHIVE) is None:
+                return 0
+            for head in salvage_heads(self._directory.path / ARCHIVE):
+                line, taken = best.get(head.id), True
+                try:
+                    checked = record.join(head.value, head.version)
+                    last_number = orjson.loads(head.value)["last_number"]
+                    if line is None or orjson.loads(line)["last_number"] < last_number:
+                        best.fill(head.id, checked)
+                except (KeyError, TypeError, ValueError):
+                    continue
+        return best.count if taken else 0
+
+    def _drop_doubles(self) -> None:
+        """Of an order that is pending and closed at once, since one of the files came back older than the other, one stays."""
+        pending, closed = self._state.orders, self._state.completed_orders
+        if not self._inexact & {pending.name, closed.name}:
+            return
+        # The one whose file is as it was; an order that was closed is not opened again.
+        wrong = pending if pending.name in self._inexact else closed
+        for id in [id for id in wrong if (closed if wrong is pending else pending).get(id) is not None]:
+            wrong.set(id, None, wrong.changed_seq, undoable=False)
 
     def _best(self, file: str, saved: int, known: FileEntry | None) -> Candidate | None:
         """The backup that brings back more of *file* than the *saved* records, all of it if there is one; else None."""
@@ -488,7 +563,7 @@ class _Recovery:
 
     def _load_sales(self) -> None:
         if self._directory.stat(SALES_FILE) is None:
-            if SALES_FILE in self._manifest.files:
+            if SALES_FILE in self._manifest.files or SALES_FILE in self._backed_up_files():
                 self._replaced.add(SALES_FILE)
                 self._recover_sales(f"{SALES_FILE} is missing")
             return
@@ -516,6 +591,7 @@ class _Recovery:
                 self._quarantine_copy(self._directory, SALES_FILE, "content changed without being written")
                 self._recover_sales(f"{SALES_FILE} changed on the disk without being written", sales)
                 return
+            self._has_merged = True
             self._log.warning("snapshot.edited", file=SALES_FILE, records=len(sales.days))
         self._adopt_sales(sales)
 

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from holdfast.archive.base import Head
 from holdfast.archive.sqlite_file import LOG, SQLITE_ERRORS, connect_to_salvage
 from holdfast.archive.sqlite_packed import PLACES, BlockDamaged, Dictionaries, Texts
 from holdfast.archive.sqlite_rows import MESSAGE_COLUMNS, message_of
@@ -19,6 +20,7 @@ MESSAGES_AT_ONCE = 500
 _KEY_MAX = 2**31 - 1
 
 _CONVERSATIONS = "SELECT key, id FROM conversations NOT INDEXED WHERE key >= ? AND key <= ? ORDER BY key"
+_HEADS = "SELECT key, id, version, head FROM conversations NOT INDEXED WHERE key >= ? AND key <= ? ORDER BY key"
 _MESSAGES = f"SELECT place, {MESSAGE_COLUMNS} FROM messages NOT INDEXED WHERE place >= ? AND place <= ? ORDER BY place"
 # Answered by the index alone, so that it works where the table does not.
 _IDS = "SELECT key, id FROM conversations INDEXED BY conversation_by_id WHERE id > '' ORDER BY id"
@@ -38,6 +40,20 @@ def salvage(path: Path) -> Iterator[tuple[str, list[StoredMessage]]]:
             continue
         with closing(connection):
             yield from _all_messages(connection)
+            return
+
+
+def salvage_heads(path: Path) -> Iterator[Head]:
+    """The conversations, without their messages, that the file *path* still gives; as ``salvage``."""
+    for with_log in (True, False) if _has_log(path) else (False,):
+        try:
+            connection = connect_to_salvage(path, with_log=with_log)
+        except SQLITE_ERRORS:
+            continue
+        with closing(connection):
+            for _, id, version, value in _readable(connection, _HEADS, 0, _KEY_MAX, lambda first, end: None):
+                if isinstance(id, str) and isinstance(version, int) and isinstance(value, str):
+                    yield Head(id, version, value.encode())
             return
 
 

@@ -7,6 +7,7 @@ leisure. What has the same content as in the newest earlier set is a hard link t
 
 from __future__ import annotations
 
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,14 +30,14 @@ from holdfast.care.backup_set import (
     read_set,
     write_proof,
 )
-from holdfast.care.history import History, HistoryGap
+from holdfast.care.history import JOURNAL, History, HistoryGap
 from holdfast.care.history_follower import HistoryFollower, history_of
 from holdfast.care.packer import Wanted, add_files
 from holdfast.care.packing import Seal
 from holdfast.care.prover import Unproved, prove_apart, shown
 from holdfast.care.rotation import at_of, is_good, stale, was_fetched_lately
 from holdfast.care.seal import seal_of, writing_seal
-from holdfast.care.set_writer import SetWriter, read_pieces
+from holdfast.care.set_writer import SetWriter, check_room, leaving_room, read_pieces
 from holdfast.checksum import crc32
 from holdfast.clock import Clock, format_ms, parse_ms
 from holdfast.core.sales import decode_sales
@@ -65,6 +66,7 @@ UPGRADE = "upgrade"
 """Why there is a set from before another version changed anything."""
 
 _UPGRADE_AGAIN_MS = 3600 * 1000
+_DOUBLINGS_MAX = 20
 _TRIES = 2
 _LINES_AT_ONCE = 500
 _COLLECTION_IN = {file: name for name, file in FILE_OF.items()}
@@ -105,10 +107,13 @@ class Backups:
     Attributes:
         completed: each is called with every new set, in the thread that took it; must not raise.
         history: what keeps the events behind the sets.
+        is_wanted: whether there is something that no set and no event has, such as what was merged at the start; the next
+            look takes a backup then.
     """
 
     def __init__(self, source: Source, clock: Clock, log: Any) -> None:
         self.completed: tuple[Callable[[BackupSet], object], ...] = ()
+        self.is_wanted = False
         self._source = source
         self._clock = clock
         self._log = log
@@ -128,10 +133,11 @@ class Backups:
         with suppress(OSError, DataRefused), Directory(self._source.data_dir) as data:
             if data.stat(BACKUPS) is not None:
                 with data.subdirectory(BACKUPS) as backups:
-                    for name in backups.temporaries():
-                        backups.remove_tree(name)
-        self._count()
-        self._note_newest()
+                    _remove_half_made(backups)
+        sets = list_sets(self._source.data_dir)
+        self._count(sets)
+        self._note_newest(next((found for found in sets if found.manifest is not None), None))
+        self._note_newer(sets)
         self.history.start()
 
     def take(self, reason: str, progress: Progress | None = None) -> BackupReport:
@@ -173,13 +179,10 @@ class Backups:
         settings, now_ms = self._source.settings(), self._clock.now_ms()
         if self._tried_at is not None and self._clock.monotonic() < self._tried_at + RETRY_S:
             return
-        sets = list_sets(self._source.data_dir)
-        newest = next((found for found in sets if found.manifest is not None), None)
+        sets = [found for found in list_sets(self._source.data_dir) if found.manifest is not None]
+        newest = sets[0] if sets else None
         self._note_newest(newest)
-        age_s = None if newest is None else (now_ms - at_of(newest)) / 1000
-        if self._source.seq() and (
-            newest is None or not is_good(newest) or age_s is None or age_s >= settings.backups.every
-        ):
+        if self._source.seq() and self._is_due(sets, settings.backups.every, now_ms):
             with suppress(HoldfastError, OSError):
                 self.take("daily")
         elif newest is not None and self._is_proof_due(newest, now_ms):
@@ -242,6 +245,22 @@ class Backups:
         with self._running:
             pass
 
+    def _is_due(self, sets: list[BackupSet], every_s: float, now_ms: int) -> bool:
+        """Whether it is time for another backup; *sets* are those that can be read, newest first."""
+        from holdfast.care.restore import restored_seqs  # which knows of us
+
+        if self.is_wanted or not sets or sets[0].manifest is None:
+            return True
+        age_s = (now_ms - at_of(sets[0])) / 1000
+        if age_s < 0:
+            return True  # taken while the clock was ahead, and nobody knows how long it would be waited for
+        for seq in restored_seqs(self._source.data_dir):
+            if sets[0].manifest.seq < seq <= self._source.seq():
+                return True  # a restored state of which there is no set yet, and so no moment since
+        failed = next((count for count, found in enumerate(sets) if is_good(found)), len(sets))
+        # Each time after twice the time: what fails all day must not fill the disk.
+        return age_s >= (min(every_s, RETRY_S * 2 ** min(failed - 1, _DOUBLINGS_MAX)) if failed else every_s)
+
     def _is_proof_due(self, newest: BackupSet, now_ms: int) -> bool:
         if newest.proof is None:
             return True
@@ -264,6 +283,7 @@ class Backups:
             )
             self._log.error("backup.failed", reason=reason, error=str(error))
             raise
+        self.is_wanted = False
         self._source.notes.pop("backup", None)
         manifest = made.found.manifest
         assert manifest is not None, "a set was written that cannot be read"
@@ -288,7 +308,7 @@ class Backups:
             self._rotate()
         took_s = self._clock.monotonic() - started
         self._figures = msgspec.structs.replace(self._figures, is_last_ok=True, duration_s=took_s)
-        self._count()
+        self._count(list_sets(self._source.data_dir))
         for completed in self.completed:
             completed(made.found)
         return _report_of(made, reason, proof, problem, self._clock, started)
@@ -299,7 +319,7 @@ class Backups:
         seal = self._seal()
         detector = source.change_detector()
 
-        def is_busy() -> bool:
+        def is_used() -> bool:
             self._check_cancelled()
             return detector()
 
@@ -307,6 +327,8 @@ class Backups:
         flusher.follow("backup", lambda: floor_seq)
         try:
             with Directory(source.data_dir) as data, data.subdirectory(BACKUPS) as backups:
+                is_busy = leaving_room(data, is_used)
+                is_busy()
                 writer = SetWriter(backups, self._new_name(), _newest_good(source.data_dir), seal, is_busy)
                 try:
                     for tries_left in reversed(range(_TRIES)):
@@ -370,6 +392,10 @@ class Backups:
         try:
             if archive is None:
                 raise ArchiveError(source.archive_failure() or "there is none that can be used")
+            # Copied as it is, in large steps, before it is compressed.
+            with Directory(source.data_dir) as data:
+                found = data.stat(ARCHIVE)
+                check_room(data, 0 if found is None else found.st_size)
             archived_seq = archive.copy_to(path, is_busy)
             _, messages = totals_of(path)
         except (ArchiveError, ArchiveDamaged) as error:
@@ -402,11 +428,8 @@ class Backups:
             return
         self._log.info("backups.rotated", removed=[found.name for found in removed], kept=len(sets) - len(removed))
 
-    def _note_newest(self, newest: BackupSet | None = None) -> None:
-        """Take over into figures and reasons how the newest set stands."""
-        if newest is None:
-            sets = list_sets(self._source.data_dir)
-            newest = next((found for found in sets if found.manifest is not None), None)
+    def _note_newest(self, newest: BackupSet | None) -> None:
+        """Take over into figures and reasons how the *newest* set stands."""
         if newest is None:
             return
         proof = newest.proof
@@ -421,8 +444,27 @@ class Backups:
             self._figures, taken_ms=at_of(newest), is_proof_ok=proof is None or proof.ok
         )
 
-    def _count(self) -> None:
-        sets = list_sets(self._source.data_dir)
+    def _note_newer(self, sets: list[BackupSet]) -> None:
+        """Tell when the backups know of later events than there are: the directory was put back from an older copy."""
+        from holdfast.care.restore import note_put_back  # which knows of us
+
+        present_seq = self._source.seq()
+        newest_seq = max([self.history.newest_packed(), *(found.manifest.seq for found in sets if found.manifest)])
+        if newest_seq > present_seq:
+            self.is_wanted = True
+            try:
+                if present_seq:  # an empty directory is about to be restored
+                    self.history.set_aside_newer(present_seq)
+                with Directory(self._source.data_dir) as data:
+                    note_put_back(data, present_seq, self._clock.now_ms())
+            except (HoldfastError, OSError) as error:
+                self._log.warning("history.failed", reason=str(error))
+            self._source.notes["copied"] = (
+                f"the data ends with event {present_seq}, but its backups know of event {newest_seq}: it was put back from "
+                "an older copy, or backups of another directory are here; what is missing is in the backups"
+            )
+
+    def _count(self, sets: list[BackupSet]) -> None:
         files = {
             file.stored_sha256: file.stored_bytes
             for found in sets
@@ -571,8 +613,7 @@ def _write_stopped(
         return False
 
     with Directory(settings.data_dir) as data, data.subdirectory(BACKUPS) as backups:
-        for name in backups.temporaries():
-            backups.remove_tree(name)
+        _remove_half_made(backups)
         name = new_name(settings.data_dir, clock.now_ms())
         seal = writing_seal(seal_of(settings))
         writer = SetWriter(backups, name, _newest_good(settings.data_dir), seal, is_busy)
@@ -672,15 +713,37 @@ def remove_set(backups: Directory, name: str) -> None:
     backups.remove_tree(gone)
 
 
+def _remove_half_made(backups: Directory) -> None:
+    """Remove what a killed process left: sets, parts of the history, and files such as ``restores.json``. Under the lock."""
+    for name in backups.temporaries():
+        found = backups.stat(name)
+        if found is not None and stat.S_ISDIR(found.st_mode):
+            backups.remove_tree(name)
+        else:
+            backups.remove(name)
+    if backups.stat(JOURNAL) is not None:
+        with backups.subdirectory(JOURNAL) as packed:
+            packed.remove_stale_temporaries()
+
+
 def new_name(data_dir: Path, now_ms: int) -> str:
     """A name for a set taken now: above all that are there, also when the clock was set back."""
-    taken = [found.name for found in list_sets(data_dir)]
+    taken = list_sets(data_dir)
+    for found in taken:
+        with suppress(ValueError):
+            if found.manifest is not None:
+                now_ms = max(now_ms, _ms_of(found.name) + 1)
     name = format_ms(now_ms).replace(":", "")
-    while name in taken:
+    while any(found.name == name for found in taken):
         now_ms += 1
         name = format_ms(now_ms).replace(":", "")
     assert SET_NAME.fullmatch(name)
     return name
+
+
+def _ms_of(name: str) -> int:
+    day, _, time = name.partition("T")
+    return parse_ms(f"{day}T{time[:2]}:{time[2:4]}:{time[4:]}")
 
 
 def _newest_good(data_dir: Path) -> BackupSet | None:

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from holdfast.care.packing import PACKED, SEALED, Seal, Unreadable, unpack
+from holdfast.care.packing import PACKED, SEALED, Seal, Unreadable, seal_for, unpack
 from holdfast.disk.files import Directory
 from holdfast.disk.snapshot import MANIFEST, Manifest
 from holdfast.errors import DataRefused
@@ -242,7 +242,7 @@ def content_of(found: BackupSet, name: str, seal: Seal | None = None) -> Iterato
     digest, size = hashlib.sha256(), 0
     try:
         with Directory(found.path) as directory, closing(_read(directory, stored)) as raw:
-            for piece in unpack(raw, seal if stored.stored.endswith(SEALED) else None):
+            for piece in unpack(raw, seal_for(stored.stored, seal)):
                 digest.update(piece)
                 size += len(piece)
                 if size > stored.bytes:

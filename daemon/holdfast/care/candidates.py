@@ -107,7 +107,10 @@ class Backed:
         """The state of the set brought on to *base_seq*, and whether that was possible."""
         assert found.manifest is not None
         wanted = {name}
-        if base_seq is not None and base_seq >= found.manifest.snapshot_seq:
+        from holdfast.care.restore import left_at
+
+        is_ours = left_at(self._data_dir, found) is None
+        if is_ours and base_seq is not None and base_seq >= found.manifest.snapshot_seq:
             with suppress(HoldfastError, OSError):
                 state = state_of(
                     found, self._seal, self._settings, up_to_seq=base_seq, history=self.history, collections=wanted

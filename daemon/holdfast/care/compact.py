@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -146,7 +147,8 @@ def _remove_temporaries(engine: Engine) -> int:
         for name in directory.names():
             found = _TEMPORARY.fullmatch(name)
             status = directory.stat(name)
-            if found and int(found[1]) != os.getpid() and status is not None and status.st_nlink == 1:
+            is_alone = status is not None and stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+            if found and int(found[1]) != os.getpid() and is_alone:
                 directory.remove(name)
                 removed += 1
         directory.sync()

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from holdfast.care.backup_set import (
     BACKUPS,
     SET_FILE,
@@ -25,7 +27,7 @@ from holdfast.care.backup_set import (
     write_proof,
 )
 from holdfast.care.history import JOURNAL, PACKED_NAME
-from holdfast.care.store import CopyFailed, Stopped, Store, store_of
+from holdfast.care.store import SCHEME, CopyFailed, SourceDamaged, Stopped, Store, store_of
 from holdfast.clock import parse_ms
 from holdfast.disk.files import Directory
 from holdfast.errors import HoldfastError, NotFound, Unavailable
@@ -41,6 +43,9 @@ TIDY_EVERY_S = 24 * 3600.0
 
 CLOSE_S = 4.0
 """What a transfer under way gets to notice that it should end; afterwards the process ends without it."""
+
+NOTE_FILE = "copied_to.json"
+"""In ``backups/``: which directory had copies when it was last looked at; empty, it is then a disk that is not mounted."""
 
 OLD_AFTER = 2
 """Times ``backups.every``: when the newest copy is older than this, something is wrong."""
@@ -160,16 +165,34 @@ class Copies:
             self.state = CopyState(backups.copy_to)
         store = store_of(settings)
         there = store.sets()
+        self._check_mounted(backups.copy_to, there)
         self._know(there)
         if self._waited_s - self._tidied_s >= TIDY_EVERY_S:
             # Before anything is sent: what was left half done may be what fills the place.
             store.tidy()
             self._tidied_s = self._waited_s
-        there = self._send_sets(store, there, backups.copy_keep)
+        there, damaged = self._send_sets(store, there, backups.copy_keep)
         self._send_history(store)
         self._rotate(store, there, backups.copy_keep)
+        self._note_place(backups.copy_to, there)
+        if damaged is not None:
+            raise damaged
         self._seen = seen
         self.state = self.state._replace(failure="")
+
+    def _check_mounted(self, place: str, there: list[BackupSet]) -> None:
+        if there or _noted_place(self._data_dir) != place:
+            return
+        raise CopyFailed(
+            f"{place} has no backups, and had some before; mount its disk, or, if it is to be filled anew, remove "
+            f"{self._data_dir / BACKUPS / NOTE_FILE}"
+        )
+
+    def _note_place(self, place: str, there: list[BackupSet]) -> None:
+        noted = place if there and not place.startswith(SCHEME) else ""
+        if noted != _noted_place(self._data_dir):
+            with Directory(self._data_dir) as data, data.subdirectory(BACKUPS) as backups:
+                backups.write_atomic(NOTE_FILE, [msgspec.json.encode({"place": noted}), b"\n"])
 
     def _know(self, there: list[BackupSet]) -> None:
         whole = [one for one in there if one.manifest is not None]
@@ -179,8 +202,11 @@ class Copies:
             newest=newest.name if newest is not None else "", newest_ms=newest_ms, sets=len(whole)
         )
 
-    def _send_sets(self, store: Store, there: list[BackupSet], keep: int) -> list[BackupSet]:
-        """Send what is missing, the newest first; the sets that are there then, newest first."""
+    def _send_sets(
+        self, store: Store, there: list[BackupSet], keep: int
+    ) -> tuple[list[BackupSet], SourceDamaged | None]:
+        """Send what is missing, the newest first; the sets that are there then, newest first, and why one was not sent."""
+        damaged: SourceDamaged | None = None
         known = {one.name: one for one in there if one.manifest is not None}
         here = {one.name: one for one in list_sets(self._data_dir) if one.manifest is not None}
         wanted = sorted({*known, *here}, reverse=True)[:keep]
@@ -195,13 +221,17 @@ class Copies:
                     store.put_proof(one)
                 else:
                     continue
+            except SourceDamaged as error:
+                # Those before it are worth a copy all the more.
+                damaged = damaged or error
+                continue
             except CopyFailed:
                 if not one.path.is_dir():
                     continue  # rotated away meanwhile
                 raise
             known[name] = one
             self._know([known[name] for name in sorted(known, reverse=True)])
-        return [known[name] for name in sorted(known, reverse=True)]
+        return [known[name] for name in sorted(known, reverse=True)], damaged
 
     def _send(self, store: Store, one: BackupSet) -> None:
         started_ms = self._now_ms()
@@ -369,6 +399,14 @@ def _known_here(backups: Directory) -> dict[tuple[str, int], Path]:
     }
 
 
+def _noted_place(data_dir: Path) -> str:
+    try:
+        with Directory(data_dir / BACKUPS) as backups:
+            return msgspec.json.decode(backups.read(NOTE_FILE), type=dict[str, str]).get("place", "")
+    except (OSError, HoldfastError, msgspec.DecodeError):
+        return ""  # nobody knows
+
+
 def _changes(data_dir: Path) -> tuple[tuple[str, int], ...]:
     """What changes whenever a set, a proof or a file of the history comes or goes."""
     place = data_dir / BACKUPS
@@ -377,7 +415,7 @@ def _changes(data_dir: Path) -> tuple[tuple[str, int], ...]:
     except OSError:
         return ()
     found = []
-    for name in sorted(names):
+    for name in sorted({*names} - {NOTE_FILE}):
         try:
             found.append((name, (place / name).stat().st_mtime_ns))
         except OSError:

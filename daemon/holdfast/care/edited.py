@@ -4,10 +4,13 @@ The version in the last key of each line tells what the editor had before him. A
 he left it, whatever its time says: nobody else changed it. One that was changed here meanwhile goes by the rules of a merge: the
 newer counts, on a tie the one that is here. A record that is missing in the file is not deleted, since nobody can tell a deleted
 line from a lost one; it is written again with the next flush. ``holdfast sessions rm`` deletes.
+
+A flush that comes before the edit is over replaces the file; what it replaces is kept, and taken over from there.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,14 +20,14 @@ import orjson
 from holdfast import record
 from holdfast.care.export import time_of
 from holdfast.care.given import Part, Unfinished, Wrong, opener_in, records_of
-from holdfast.care.merge import MergeCounts, op_of
+from holdfast.care.merge import BREATH_EVERY, BREATH_S, RETRY_S, MergeCounts, is_same, op_of
 from holdfast.checksum import crc32
 from holdfast.core.sales import decode_sales, encode_sales
 from holdfast.core.state import COMPLETED_ORDERS, ORDERS, SESSIONS, USERS
 from holdfast.disk.files import Directory
 from holdfast.disk.snapshot import FileEntry
-from holdfast.errors import HoldfastError, InvalidRecord, StorageFull, Unavailable
-from holdfast.flush import FILE_OF, SALES_FILE
+from holdfast.errors import HoldfastError, InvalidRecord, JournalBroken, StorageFull, Unavailable, VersionMismatch
+from holdfast.flush import FILE_OF, SALES_FILE, KeptEdit
 from holdfast.load import id_field_of
 from holdfast.ops import StatsTake
 
@@ -39,6 +42,9 @@ PATIENCE_S = 30.0
 
 IN_FLIGHT_MAX = 500
 
+TRIES = 5
+"""How often an edited record is looked at that somebody else is changing."""
+
 _MERGED = (SESSIONS, ORDERS, COMPLETED_ORDERS, USERS)
 
 
@@ -50,6 +56,9 @@ class EditedFiles:
         self._log = engine.log
         # How an edited file was when it was looked at, and since when it has been so.
         self._seen: dict[str, tuple[tuple[int, int] | None, float]] = {}
+        # How it was when it was taken over, and the edits that a flush came before.
+        self._merged: dict[str, tuple[int, int] | None] = {}
+        self._kept: list[KeptEdit] = []
 
     def look(self) -> int:
         """Take over the edits that are over; how many files.
@@ -58,39 +67,57 @@ class EditedFiles:
             StorageFull, Unavailable, OSError: not now; what was edited stays as it is, and is looked at again.
         """
         edited = self._engine.edited_files()
-        self._seen = {name: seen for name, seen in self._seen.items() if name in edited}
-        if not edited:
-            return 0
+        self._kept += self._engine.take_kept_edits()
+        known = {*edited, *(str(kept.place / kept.name) for kept in self._kept)}
+        self._seen = {place: seen for place, seen in self._seen.items() if place in known}
+        kept_before = len(self._kept)
+        self._kept = [kept for kept in self._kept if not self._take_kept(kept)]
         taken = []
-        with Directory(self._engine.settings.data_dir) as directory:
-            for name in edited:
-                if self._is_over(directory, name) and self._take(directory, name):
-                    taken.append(name)
+        if edited:
+            with Directory(self._engine.settings.data_dir) as directory:
+                for name in edited:
+                    if self._is_over(directory, name, name) and self._take(directory, name, name):
+                        taken.append(name)
+                        self._merged[name] = self._seen[name][0]
         if taken:
             self._engine.rewrite(taken)
             self._engine.flush("api")
-        return len(taken)
+        return len(taken) + kept_before - len(self._kept)
 
-    def _is_over(self, directory: Directory, name: str) -> bool:
-        found = directory.stat(name)
-        signature = None if found is None else (found.st_size, found.st_mtime_ns)
+    def _take_kept(self, kept: KeptEdit) -> bool:
+        """Take over an edit that a flush came before; whether that is done."""
+        try:
+            with Directory(kept.place) as directory:
+                # Whoever began to write before the flush may still be at it.
+                if _signature(directory, kept.name) == self._merged.get(kept.name, ()):
+                    return True
+                place = str(kept.place / kept.name)
+                return self._is_over(directory, kept.name, place) and self._take(
+                    directory, kept.name, place, kept.entry
+                )
+        except FileNotFoundError:
+            return True  # somebody tidied up
+
+    def _is_over(self, directory: Directory, name: str, place: str) -> bool:
+        signature = _signature(directory, name)
         now = self._engine.monotonic()
-        seen = self._seen.get(name)
+        seen = self._seen.get(place)
         if seen is None or seen[0] != signature:
-            self._seen[name] = signature, now
+            self._seen[place] = signature, now
             return False
         return now - seen[1] >= SETTLE_S
 
-    def _take(self, directory: Directory, name: str) -> bool:
-        """Take over the edit of *name*; whether that is done."""
+    def _take(self, directory: Directory, name: str, place: str, entry: FileEntry | None = None) -> bool:
+        """Take over the edit of *name*, which was what *entry* says; whether that is done."""
         if directory.stat(name) is None:
             self._log.warning("snapshot.removed", file=name)
             return True
-        entry = self._engine.hold_snapshots(lambda manifest, _: manifest.files.get(name))
+        if entry is None:
+            entry = self._engine.hold_snapshots(lambda manifest, _: manifest.files.get(name))
         try:
             counts, missing, reason = self._merge(directory, name, entry)
         except Unfinished as error:
-            if self._engine.monotonic() - self._seen[name][1] < PATIENCE_S:
+            if self._engine.monotonic() - self._seen[place][1] < PATIENCE_S:
                 return False
             counts, missing, reason = MergeCounts(refused=1), 0, str(error)
         except InvalidRecord as error:
@@ -118,17 +145,28 @@ class EditedFiles:
         counts, known, reason = MergeCounts(), 0, ""
         tickets: list[Ticket] = []
         for number, found in enumerate(records_of(Part(name, kind, opener)), 1):
+            if number % BREATH_EVERY == 0:
+                time.sleep(BREATH_S)
             if isinstance(found, Wrong):
                 outcome, why = "refused", found.reason
             else:
                 known += record.HEADER_KEY in found
-                outcome, why = self._take_record(kind, found, tickets)
+                outcome, why = self._take_guarded(kind, found, tickets)
             setattr(counts, outcome, getattr(counts, outcome) + 1)
             reason = reason or (f"record {number}: {why}" if why else "")
             if len(tickets) >= IN_FLIGHT_MAX:
                 _settle(tickets)
         _settle(tickets)
         return counts, max(0, (entry.records if entry else 0) - known), reason
+
+    def _take_guarded(self, kind: str, value: dict[str, Any], tickets: list[Ticket]) -> tuple[str, str]:
+        """As ``_take_record``, again when somebody changes the same record meanwhile."""
+        for _ in range(TRIES):
+            try:
+                return self._take_record(kind, dict(value), tickets)
+            except VersionMismatch:
+                time.sleep(RETRY_S)
+        return "conflicting", "somebody changes it all the while; edit it again"
 
     def _take_record(self, kind: str, value: dict[str, Any], tickets: list[Ticket]) -> tuple[str, str]:
         """What became of the edited record *value*, and why it was refused."""
@@ -150,7 +188,7 @@ class EditedFiles:
             else:
                 version, outcome = record.version_of(present)[0], "newer"
                 there = orjson.loads(record.value_of(present))
-                if there == value:
+                if is_same(there, value):
                     return "same", ""
                 times = [
                     time_of(collection, one, its, rules)
@@ -159,8 +197,11 @@ class EditedFiles:
                 if (raw_header is None or header.v != version) and times[0] <= times[1]:
                     return "older", ""
             op = op_of(collection, id, value, header, version, kind == COMPLETED_ORDERS)
-            tickets.append(engine.submit(op, durability="always"))
-        except (StorageFull, Unavailable):
+            ticket = engine.submit(op, durability="always")
+            if ticket.refusal is not None:
+                ticket.wait()  # raises it, once what it rests on is sure
+            tickets.append(ticket)
+        except (StorageFull, Unavailable, JournalBroken, VersionMismatch):
             raise
         except HoldfastError as error:
             return "refused", str(error)
@@ -181,6 +222,11 @@ class EditedFiles:
         op = StatsTake(days=list(given.days.values()), totals=given.totals, replaces=True)
         self._engine.submit(op, durability="always").wait()
         return MergeCounts(newer=1), 0, ""
+
+
+def _signature(directory: Directory, name: str) -> tuple[int, int] | None:
+    found = directory.stat(name)
+    return None if found is None else (found.st_size, found.st_mtime_ns)
 
 
 def _settle(tickets: list[Ticket]) -> None:

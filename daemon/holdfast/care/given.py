@@ -7,6 +7,7 @@ files, sizes are bounded, and an export is held against its own checksums before
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import stat
 import tempfile
@@ -49,6 +50,8 @@ SPARE_BYTES = 256 << 20
 """Of room on the disk that unpacking leaves to others."""
 
 READ_BYTES = 1 << 20
+
+READ_BUFFER_BYTES = 64 << 10
 
 PACKED_BYTES = 1 << 10
 """Unpacked at a time: zstd makes 128 KiB of four bytes."""
@@ -95,6 +98,10 @@ class Wrong(NamedTuple):
 
 class Unfinished(InvalidRecord):
     """It is no JSON, or is cut short: perhaps somebody still writes it."""
+
+
+class NoRecords(InvalidRecord):
+    """It is whole, and holds something else than records: a settings file of a bot, say."""
 
 
 class Given:
@@ -190,7 +197,10 @@ def open_file(directory: Directory, name: str, scratch: Path, seal: Seal | None 
         written_ms = _written_ms(parent, name)
         if name == MANIFEST_FILE:
             raise InvalidRecord("expected data, found a manifest; name the directory it stands in")
-        kind = _kind_of_name(name) or _kind_of_content(name, opener, raw_size)
+        kind = _kind_of_name(name)
+        if kind is None or (kind not in _ORDER and _is_one_object(opener)):
+            # One conversation may be called as a collection is.
+            kind = _kind_of_content(name, opener, raw_size) or kind
         if kind is None:
             raise InvalidRecord(
                 f"expected a file of data, such as chat_sessions.json or notes.json, found {name!r:.80}, which is no name "
@@ -213,20 +223,25 @@ def open_archive(chunks: Iterable[bytes], scratch: Path, name: str, seal: Seal |
     sums: dict[str, tuple[int, str]] = {}
     raw_manifest: bytes | None = None
     try:
+        # One file for all of them: a process has fewer descriptors than an old bot has conversations.
+        spool: IO[bytes] = given._keep(tempfile.TemporaryFile(dir=scratch))  # noqa: SIM115
+        begins = 0
         for member in tar.members(chunks, bytes_max=_room(scratch)):
+            if member.name in sums or (member.name == MANIFEST_FILE and raw_manifest is not None):
+                # The manifest speaks of one of them, and nobody can tell which.
+                raise InvalidRecord(f"{name!r:.80} has two files with the name {member.name!r:.120}; pack it anew")
             if member.name == MANIFEST_FILE:
                 raw_manifest = b"".join(member.content) if member.size <= READ_BYTES * 64 else b""
                 continue
-            file: IO[bytes] = given._keep(tempfile.TemporaryFile(dir=scratch))  # noqa: SIM115
             digest = hashlib.sha256()
             for piece in member.content:
-                file.write(piece)
+                spool.write(piece)
                 digest.update(piece)
-            file.flush()
             sums[member.name] = member.size, digest.hexdigest()
-            opener = _again(file)
             kind = _kind_of_path(member.name)
-            given._add(member.name, kind, opener, member.written_s * 1000)
+            given._add(member.name, kind, _opener_within(spool, begins, member.size), member.written_s * 1000)
+            begins += member.size
+        spool.flush()
         _check_manifest(given, raw_manifest, sums)
         if not given.parts and given.manifest is None:
             raise InvalidRecord(_nothing_in(name, given.ignored))
@@ -363,6 +378,11 @@ def _kind_of_name(name: str) -> str | None:
     return None
 
 
+def _is_one_object(opener: Callable[[], IO[bytes]]) -> bool:
+    with opener() as file:
+        return file.read(READ_BUFFER_BYTES).removeprefix(_BOM).lstrip().startswith(b"{")
+
+
 def _kind_of_content(name: str, opener: Callable[[], IO[bytes]], size: int) -> str | None:
     """What a file whose name does not tell holds: one conversation, one escalation, or sales figures."""
     if not name.endswith(".json") or size > LINE_BYTES_MAX:
@@ -441,18 +461,41 @@ def _lines(part: Part, lines: Iterable[bytes], number: int) -> Iterator[dict[str
 
 
 def _array_lines(part: Part, second: bytes, file: IO[bytes]) -> Iterator[dict[str, Any] | Wrong]:
-    """An array in our own layout: each record alone on its line."""
+    """An array in our own layout: each record alone on its line; but for those that somebody laid out otherwise."""
     line, number = second, 2
+    is_ours = False
     while line.rstrip(b"\r\n") != b"]":
         if len(line) >= LINE_BYTES_MAX:
             raise InvalidRecord(f"{part.name}: expected at most {LINE_BYTES_MAX} bytes on a line, found more")
         following = file.readline(LINE_BYTES_MAX)
+        bare = line.rstrip(b"\r\n").removesuffix(b",")
+        if not is_ours and not (following and _is_json(bare)):
+            is_ours = True
+            place = file.tell()
+            file.seek(0)
+            found = _array_in(file.read(FILE_BYTES_MAX + 1))
+            if found is not None:
+                # Each line before this one was one record.
+                for index, one in enumerate(found[number - 2 :], number - 1):
+                    yield _decoded(bytes(one), f"{part.name}, record {index}", part)
+                return
+            file.seek(place)
         if not following:
             raise Unfinished(f"{part.name} is cut short behind line {number}; copy it again")
-        yield _decoded(line.rstrip(b"\r\n").removesuffix(b","), f"{part.name}, line {number}", part)
+        yield _decoded(bare, f"{part.name}, line {number}", part)
         line, number = following, number + 1
     if file.read(READ_BYTES).strip():
         raise InvalidRecord(f"{part.name}: there is something behind its end, at line {number + 1}; remove it")
+
+
+def _array_in(raw: bytes) -> list[msgspec.Raw] | None:
+    """The values in the JSON array *raw*; None when it is none, or too large."""
+    if len(raw) > FILE_BYTES_MAX:
+        return None
+    try:
+        return msgspec.json.decode(raw, type=list[msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def _whole(part: Part, first: bytes, file: IO[bytes]) -> Iterator[dict[str, Any] | Wrong]:
@@ -469,9 +512,7 @@ def _whole(part: Part, first: bytes, file: IO[bytes]) -> Iterator[dict[str, Any]
     except msgspec.ValidationError:
         if not _is_json(raw):
             raise Unfinished(f"{part.name}: not JSON, or cut short") from None
-        raise InvalidRecord(
-            f"{part.name}: expected an array of records, found one JSON value of another kind"
-        ) from None
+        raise NoRecords(f"{part.name}: expected an array of records, found one JSON value of another kind") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = "empty" if not raw.strip(b"\0 \t\r\n") else f"not JSON: {error}"
         raise Unfinished(f"{part.name}: {reason}") from None
@@ -526,13 +567,25 @@ def opener_in(directory: Directory, name: str) -> Callable[[], IO[bytes]]:
     return opener
 
 
-def _again(file: IO[bytes]) -> Callable[[], IO[bytes]]:
-    def opener() -> IO[bytes]:
-        copy = os.fdopen(os.dup(file.fileno()), "rb")
-        copy.seek(0)
-        return copy
+class _Within(io.RawIOBase):
+    """A part of an open file, read from its beginning; as many at once as there are readers."""
 
-    return opener
+    def __init__(self, file: IO[bytes], begins: int, size: int) -> None:
+        self._file = file
+        self._at, self._ends = begins, begins + size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = os.pread(self._file.fileno(), min(len(buffer), self._ends - self._at), self._at)
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+
+def _opener_within(file: IO[bytes], begins: int, size: int) -> Callable[[], IO[bytes]]:
+    return lambda: io.BufferedReader(_Within(file, begins, size), READ_BUFFER_BYTES)
 
 
 def _written_ms(directory: Directory, name: str) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from holdfast.care.backup_set import BACKUPS
-from holdfast.care.packing import PACKED, SEALED, Seal, Unreadable, unpack
+from holdfast.care.packing import PACKED, SEALED, Seal, Unreadable, seal_for, unpack
 from holdfast.clock import parse_ms
 from holdfast.core.event import decode_event
 from holdfast.disk.files import Directory
@@ -200,7 +200,7 @@ class History:
                 yield from raw
                 return
             try:
-                yield from unpack(raw, self._seal if part.place.name.endswith(SEALED) else None)
+                yield from unpack(raw, seal_for(part.place.name, self._seal))
             except Unreadable:
                 return  # what lacks is a gap; each line before it has a checksum of its own
 

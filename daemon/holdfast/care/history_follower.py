@@ -37,6 +37,8 @@ PACK_AFTER_S = 600.0
 PART_BYTES_MAX = 64 << 20
 """Of one part, before it is compressed."""
 
+QUARANTINE = "quarantine"
+
 _NOTHING_NEEDED = 2**63
 _LINES_AT_ONCE = 500
 
@@ -73,6 +75,7 @@ class HistoryFollower:
         self._is_closing = False
         self._working = threading.Lock()
         self._has_given_way = False
+        self._began = (clock.now_ms(), clock.monotonic())
         self._thread = threading.Thread(target=self._run, name="holdfast-history", daemon=True)
 
     def start(self) -> None:
@@ -82,6 +85,32 @@ class HistoryFollower:
             self._resume()
         self._flusher.before_making_room = self.give_way
         self._thread.start()
+
+    def newest_packed(self) -> int:
+        """The last event that is packed; 0 when none is."""
+        return max((part.last_seq for part in packed_parts(self._data_dir)), default=0)
+
+    def set_aside_newer(self, present_seq: int) -> None:
+        """Put what is packed beyond the event *present_seq*, the last there is, into quarantine/: those numbers are given
+        to other events from now on. Called before ``start``.
+
+        Raises:
+            HoldfastError, OSError: what was not moved stays.
+        """
+        newer = [part for part in packed_parts(self._data_dir) if part.last_seq > present_seq]
+        if not newer:
+            return
+        stamp = format_ms(self._clock.now_ms()).replace(":", "")
+        with (
+            Directory(self._data_dir) as data,
+            data.subdirectory(QUARANTINE) as quarantine,
+            Directory(self._data_dir / BACKUPS / JOURNAL) as place,
+        ):
+            for part in newer:
+                place.move(part.place.name, quarantine, f"{stamp}-{part.place.name}")
+        self._log.error(
+            "history.set_aside", first_seq=newer[0].first_seq, last_seq=newer[-1].last_seq, present_seq=present_seq
+        )
 
     def wake(self) -> None:
         """Look now whether there is something to do."""
@@ -164,7 +193,10 @@ class HistoryFollower:
         """Follow from the end of the packed parts on, or from the oldest event that is still there."""
         parts = History(self._data_dir).parts()
         packed_seq = max((part.last_seq for part in parts if part.is_packed), default=0)
-        oldest_seq = min((part.first_seq for part in parts if not part.is_packed), default=1)
+        # A segment without events says by its name what the next one is.
+        oldest_seq = min(
+            (part.first_seq for part in parts if not part.is_packed), default=max(newest_segment(self._data_dir), 1)
+        )
         self._taken_seq = max(packed_seq, oldest_seq - 1)
         self._flusher.follow("history", self._watermark)
         if self.problem or self._has_given_way:
@@ -254,7 +286,9 @@ class HistoryFollower:
             self._taken_seq = seq
 
     def _prune(self, pitr_s: float) -> None:
-        now_ms = self._clock.now_ms()
+        # A wall clock that jumped ahead makes nothing old.
+        began_ms, began = self._began
+        now_ms = min(self._clock.now_ms(), began_ms + round((self._clock.monotonic() - began) * 1000))
         base = base_of(list_sets(self._data_dir), pitr_s, now_ms)
         if base is not None and base.manifest is not None:
             needed_seq = min(base.manifest.snapshot_seq, base.manifest.seq)

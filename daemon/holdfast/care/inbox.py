@@ -113,6 +113,9 @@ class Inbox:
         if is_complete and not is_directory:
             return True
         settle_s = DIRECTORY_SETTLE_S if is_directory else SETTLE_S
+        if name.endswith(".jsonl"):
+            # Each beginning of it that ends with a line looks whole.
+            settle_s = PATIENCE_S
         # What was moved in was written long ago.
         newest_ms = max(int(one[-1]) for one in signature if isinstance(one[-1], int)) // 1_000_000
         is_old = self._engine.now_ms() - newest_ms >= settle_s * 1000
@@ -134,6 +137,14 @@ class Inbox:
         return tuple(signature)
 
     def _take(self, name: str, progress: Callable[[str], object]) -> int:
+        try:
+            return self._take_complete(name, progress)
+        except OSError as error:
+            # One that cannot be moved must not keep the others from their turn.
+            self._postpone(name, f"it cannot be put away: {error.strerror or error}")
+            return 0
+
+    def _take_complete(self, name: str, progress: Callable[[str], object]) -> int:
         seen = self._seen[name]
         now = self._engine.monotonic()
         try:
@@ -144,8 +155,7 @@ class Inbox:
                 return 0
             return self._reject(name, str(error))
         except (StorageFull, SettingsError) as error:
-            self._log.warning("inbox.postponed", file=shown_name(name), reason=str(error))
-            self._seen[name] = seen._replace(try_at=now + RETRY_S)
+            self._postpone(name, str(error))
             return 0
         except Unavailable:
             raise
@@ -153,6 +163,9 @@ class Inbox:
             return self._reject(name, str(error))
         except OSError as error:
             return self._reject(name, f"it cannot be read: {error.strerror or error}")
+        if self._signature_of(name) != seen.signature:
+            # Somebody wrote it again, or took it back. What is there now has its turn when he has ended.
+            return 0
         if report.sum_of("conflicting") and not report.changes and not report.sum_of("same"):
             return self._reject(name, "; ".join(report.reasons))
         self._put_away(name, self._done, _notes_on(report))
@@ -188,7 +201,13 @@ class Inbox:
             raise Unfinished("it is empty")
         return open_file(self._inbox, name, settings.data_dir, seal_of(settings))
 
+    def _postpone(self, name: str, reason: str) -> None:
+        self._log.warning("inbox.postponed", file=shown_name(name), reason=reason)
+        self._seen[name] = self._seen[name]._replace(try_at=self._engine.monotonic() + RETRY_S)
+
     def _reject(self, name: str, reason: str) -> int:
+        if self._inbox.stat(name) is None:
+            return 0  # whoever took it away knows
         self._put_away(name, self._rejected, _report_of(name, reason, self._engine.now_ms()))
         self._log.warning("inbox.rejected", file=shown_name(name), reason=reason)
         return 1

@@ -11,7 +11,7 @@ when they are not the same up to there, it stays as it is, and that is told.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from holdfast.care.given import (
     OLD_ESCALATION,
     SALES,
     Given,
+    NoRecords,
     Part,
     Unfinished,
     Wrong,
@@ -51,7 +52,7 @@ from holdfast.core.conversations import KEPT_BY_US
 from holdfast.core.decide import due_ms
 from holdfast.core.rules import check_id
 from holdfast.core.sales import decode_sales
-from holdfast.core.state import COMPLETED_ORDERS, CONVERSATIONS, ESCALATIONS, ORDERS, SESSIONS, USERS
+from holdfast.core.state import COMPLETED_ORDERS, CONVERSATIONS, ESCALATIONS, ORDERS, SESSIONS, USERS, is_custom_name
 from holdfast.errors import (
     BadRequest,
     Conflict,
@@ -92,6 +93,9 @@ IN_FLIGHT_MAX = 500
 APPEND_AT_ONCE = 1_000
 """Messages in one op; more of them stand in the same batch."""
 
+_COLLECTION_OF = {COMPLETED_ORDERS: ORDERS, OLD_CONVERSATION: CONVERSATIONS, OLD_ESCALATION: ESCALATIONS}
+"""Where the kinds of parts that are no collections are counted."""
+
 REASONS_TOLD = 10
 """Of records that were refused, or could not be merged; the first ones are told with their reasons."""
 
@@ -102,6 +106,9 @@ BREATH_S = 0.0005
 """Every so many records for the others that share the processor."""
 
 BREATH_EVERY = 50
+
+RETRY_S = 0.01
+"""Before a record that somebody else is changing is looked at again."""
 
 _INVALID = (InvalidRecord, TooLarge, BadRequest)
 
@@ -178,7 +185,7 @@ def merge(
         StorageFull: no room; what was merged until then stays, and merging again does the rest.
         Unavailable: cancelled, or stopping; likewise.
     """
-    plan = _Merge(engine, progress, is_cancelled, is_dry_run=True)
+    plan = _Merge(engine, progress, is_cancelled, is_dry_run=True, skips_invalid=skips_invalid)
     plan.run(given)
     report = plan.report
     report.ignored = given.ignored
@@ -187,13 +194,14 @@ def merge(
         total = sum(sum(msgspec.structs.astuple(counts)) for counts in report.collections.values())
         raise InvalidRecord(
             f"{refused} of {total} records cannot be taken, and nothing was changed: {'; '.join(report.reasons)}"
-            f"{' and more' if refused > len(report.reasons) else ''}"
+            f"{' and more' if refused > len(report.reasons) else ''}. "
+            "Mend them, or have the others taken without them (--skip-invalid)"
         )
     if is_dry_run or not report.changes:
         report.dry_run = is_dry_run
         return report
     backup = before_change()
-    work = _Merge(engine, progress, is_cancelled, is_dry_run=False)
+    work = _Merge(engine, progress, is_cancelled, is_dry_run=False, skips_invalid=skips_invalid)
     work.run(given)
     work.report.ignored, work.report.backup = given.ignored, backup
     return work.report
@@ -213,8 +221,10 @@ class _Merge:
         is_cancelled: Callable[[], bool],
         *,
         is_dry_run: bool,
+        skips_invalid: bool,
     ) -> None:
         self._engine = engine
+        self._skips_invalid = skips_invalid
         self._rules = engine.rules
         self._progress = progress
         self._is_cancelled = is_cancelled
@@ -228,19 +238,35 @@ class _Merge:
     def run(self, given: Given) -> None:
         """Take all of it."""
         for part in given.parts:
-            if part.kind == SALES:
-                self._take_sales(part)
-            elif part.kind == CONVERSATIONS:
-                self._take_conversations(part)
-            elif part.kind == ESCALATIONS:
-                self._take_each(part, ESCALATIONS, self._take_escalation)
-            elif part.kind == OLD_CONVERSATION:
-                self._take_one(part, CONVERSATIONS, self._take_old_conversation)
-            elif part.kind == OLD_ESCALATION:
-                self._take_one(part, ESCALATIONS, self._take_old_escalation)
-            else:
-                self._take_collection(part)
+            try:
+                self._take(part)
+            except InvalidRecord as error:
+                if given.manifest is not None:
+                    raise
+                if isinstance(error, NoRecords) and len(given.parts) > 1 and is_custom_name(part.kind):
+                    # What a bot keeps beside its data; a start leaves it alone as well.
+                    del self.report.collections[part.kind]
+                    if part.name not in given.ignored:
+                        given.ignored.append(part.name)
+                elif self._skips_invalid:
+                    self._note(self._counts(_COLLECTION_OF.get(part.kind, part.kind)), "refused", str(error))
+                else:
+                    raise
         self._settle()
+
+    def _take(self, part: Part) -> None:
+        if part.kind == SALES:
+            self._take_sales(part)
+        elif part.kind == CONVERSATIONS:
+            self._take_conversations(part)
+        elif part.kind == ESCALATIONS:
+            self._take_each(part, ESCALATIONS, self._take_escalation)
+        elif part.kind == OLD_CONVERSATION:
+            self._take_one(part, CONVERSATIONS, self._take_old_conversation)
+        elif part.kind == OLD_ESCALATION:
+            self._take_one(part, ESCALATIONS, self._take_old_escalation)
+        else:
+            self._take_collection(part)
 
     # What all kinds have in common.
 
@@ -273,7 +299,9 @@ class _Merge:
             try:
                 outcome = take(dict(value))
             except VersionMismatch:
+                # What is read here is durable, and a change on its way to the disk is not yet.
                 self._settle()
+                time.sleep(RETRY_S)
                 continue
             except (StorageFull, Unavailable, JournalBroken):
                 raise
@@ -322,6 +350,8 @@ class _Merge:
                 self._engine.check(op)
 
     def _keep(self, ticket: Ticket) -> None:
+        if ticket.refusal is not None:
+            ticket.wait()  # raises it, once what it rests on is sure
         self._tickets.append(ticket)
         if len(self._tickets) >= IN_FLIGHT_MAX:
             self._settle()
@@ -361,7 +391,7 @@ class _Merge:
             self._do(op)
             return "added"
         there = orjson.loads(record.value_of(present))
-        if there == {name: float(one) if isinstance(one, Decimal) else one for name, one in value.items()}:
+        if is_same(there, value):
             return "same"
         if time_of(collection, value, header, rules) <= time_of(collection, there, record.header_of(present), rules):
             return "older"
@@ -383,12 +413,9 @@ class _Merge:
         made = [_message_in(one) for one in messages]
         first = messages[0].get("number", 1) if messages else 1
         theirs = [_mark(one) for one in messages] if self._engine.line(CONVERSATIONS, id) is not None else []
-        outcome = self._merge_conversation(id, fields, made, theirs, first, _mark_here)
-        if value.get("archived") and outcome in ("added", "newer"):
-            self._do_after(id, ConversationArchive(id=id))
-        if value.get("hold") and outcome == "added":
-            self._do_after(id, ConversationHold(id=id, reason=value.get("hold_reason")))
-        return outcome
+        after: list[AnyOp] = [ConversationArchive(id=id)] if value.get("archived") else []
+        hold = [ConversationHold(id=id, reason=value.get("hold_reason"))] if value.get("hold") else []
+        return self._merge_conversation(id, fields, made, theirs, first, _mark_here, after, hold)
 
     def _take_old_conversation(self, part: Part, value: dict[str, Any]) -> str:
         """A conversation in a file of its own, as the old bots and the mirror write them."""
@@ -413,10 +440,19 @@ class _Merge:
         theirs: list[bytes],
         first: int,
         mark_here: Callable[[bytes], bytes],
+        after: Sequence[AnyOp] = (),
+        after_added: Sequence[AnyOp] = (),
     ) -> str:
+        """What became of it; *after* is done with what is taken of it, *after_added* where it was not here."""
         present = self._engine.get(CONVERSATIONS, id)
         if present is None:
-            ops: list[AnyOp] = [ConversationPut(id=id, if_version=0, value=fields), *_appends(id, messages)]
+            # Together: whoever merges again after a crash finds it here, and has no reason to do the rest.
+            ops: list[AnyOp] = [
+                ConversationPut(id=id, if_version=0, value=fields),
+                *_appends(id, messages),
+                *after,
+                *after_added,
+            ]
             if id in self._begun and self._is_dry_run:
                 raise _Different("another with the same id stands before it; nothing of this one is taken")
             self._do_together(ops)
@@ -431,17 +467,13 @@ class _Merge:
         ops = []
         if changed and is_newer:
             ops.append(ConversationPut(id=id, if_version=present.version, value=changed))
-        ops += _appends(id, messages[start:])
+        # What was said here meanwhile would come to stand before them.
+        ops += _appends(id, messages[start:], None if ops else present.version)
         if not ops:
             return "older" if changed or start > len(messages) else "same"
-        self._do_together(ops)
+        self._do_together([*ops, *after])
         self.report.messages += len(messages[start:])
         return "newer"
-
-    def _do_after(self, id: str, op: AnyOp) -> None:
-        """Do *op* on a conversation that was just taken."""
-        if not self._is_dry_run:
-            self._keep(self._engine.submit(op, durability="always"))
 
     def _marks_here(self, id: str, mark_here: Callable[[bytes], bytes]) -> tuple[int, list[bytes]]:
         """The number of the first message that is here, and the marks of all."""
@@ -534,6 +566,18 @@ class _Merge:
             self._keep(self._engine.submit(op, durability="always"))
 
 
+def is_same(there: dict[str, Any], value: dict[str, Any]) -> bool:
+    """Whether the record *value*, from elsewhere, says what the one that is *there* does; true and 1 are not the same."""
+    return _comparable(there) == _comparable(value)
+
+
+def _comparable(value: dict[str, Any]) -> bytes:
+    return orjson.dumps(
+        {name: float(one) if isinstance(one, Decimal) else one for name, one in value.items()},
+        option=orjson.OPT_SORT_KEYS,
+    )
+
+
 def op_of(
     collection: str, id: str, value: dict[str, Any], header: record.Header, version: int, is_closed: bool
 ) -> AnyOp | OwnOp:
@@ -617,6 +661,9 @@ def _old_mark_here(shown: bytes) -> bytes:
     return mark_of(old_message(orjson.loads(shown)))
 
 
-def _appends(id: str, messages: list[Message]) -> Iterator[AnyOp]:
+def _appends(id: str, messages: list[Message], version: int | None = None) -> Iterator[AnyOp]:
+    """What appends *messages* to the conversation *id*, which has *version* unless it is None."""
     for start in range(0, len(messages), APPEND_AT_ONCE):
-        yield MessageAppend(id=id, messages=messages[start : start + APPEND_AT_ONCE])
+        yield MessageAppend(
+            id=id, messages=messages[start : start + APPEND_AT_ONCE], if_version=None if start else version
+        )

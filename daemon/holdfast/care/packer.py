@@ -11,7 +11,7 @@ import msgspec
 from holdfast.care.apart import Failed, run_apart, step_back
 from holdfast.care.backup_set import Kind, StoredFile, read_set
 from holdfast.care.prover import settings_from, written
-from holdfast.care.set_writer import Digest, SetWriter
+from holdfast.care.set_writer import Digest, SetWriter, leaving_room
 from holdfast.disk.files import Directory
 from holdfast.errors import HoldfastError, StorageFull
 from holdfast.settings import Settings
@@ -90,7 +90,8 @@ def main() -> None:
         seal = writing_seal(seal_of(settings_from(question.settings)))
         earlier = read_set(Path(question.earlier)) if question.earlier else None
         # Others may wait for the disk at any time, and from here nobody sees whether they do.
-        writer = SetWriter.within(Directory(Path(question.staging)), earlier, seal, lambda: True)
+        staging = Directory(Path(question.staging))
+        writer = SetWriter.within(staging, earlier, seal, leaving_room(staging, lambda: True))
         digests = {one.name: writer.add_file(one.kind, one.name, one.records) for one in question.wanted}
         writer.publish()
     except StorageFull as error:

@@ -55,6 +55,19 @@ def unpack(chunks: Iterable[bytes], seal: Seal | None = None) -> Iterator[bytes]
     return _decompress(chunks if seal is None else seal.open(chunks))
 
 
+def seal_for(name: str, seal: Seal | None) -> Seal | None:
+    """What opens the file *name*: the *seal*, or nothing where it is not encrypted.
+
+    Raises:
+        Unreadable: it is encrypted, and there is no seal.
+    """
+    if not name.endswith(SEALED):
+        return None
+    if seal is None:
+        raise Unreadable("it is encrypted, and there is no key; name it by --identity FILE or backups.identity_file")
+    return seal
+
+
 def _compress(chunks: Iterable[bytes]) -> Iterator[bytes]:
     compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).compressobj()
     for chunk in chunks:

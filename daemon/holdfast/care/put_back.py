@@ -332,7 +332,7 @@ def _message(stored: StoredMessage) -> Message:
         content=stored.content,
         tokens_used=stored.tokens_used,
         author=cast(Any, stored.author or None),
-        metadata=orjson.loads(stored.metadata) if bytes(stored.metadata) else None,
+        metadata=orjson.loads(bytes(stored.metadata)) if bytes(stored.metadata) else None,
         created_at=format_ms(stored.created_ms),
     )
 

@@ -13,6 +13,7 @@ import re
 import secrets
 from typing import Any
 
+from holdfast.core.conversations import AUTHORS, ROLES
 from holdfast.record import HEADER_KEY
 
 REDACTED = "[redacted]"
@@ -20,35 +21,37 @@ REDACTED = "[redacted]"
 
 KEPT_WORDS = frozenset(
     {
-        "author",
         "channel",
         "currency",
         "currentState",
-        "handler",
         "language",
         "previousState",
         "priority",
         "productType",
-        "role",
         "status",
     }
 )
 """Fields whose words stay, as long as they are single words without a number that could be a phone."""
 
+KEPT_ROLES = frozenset({*ROLES, *AUTHORS, "waiting", "human"})
+"""What stays in the fields ``author``, ``handler`` and ``role``; anything else is somebody's name."""
+
 _ROUNDS = 6
 _KEPT_DIGITS = 3
 _DIGITS_MIN, _DIGITS_MAX = 7, 15
 _NUMBER_DIGITS_MIN = 9
-"""Of a phone that is a number; shorter ones are prices."""
+"""Of a phone that is a number; shorter ones are prices, unless their field says something else."""
 
 _NUMBER_MIN = 10 ** (_NUMBER_DIGITS_MIN - 1)
-_RUN = re.compile(r"\d{7,15}")
 _PHONE = re.compile(r"\+?\d[\d ().-]{5,24}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?(?:Z|[+-]\d\d:?\d\d)?)?")
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.:/-]{0,63}")
-_KEY = re.compile(r"[A-Za-z_][\w.-]{0,63}", re.ASCII)
+# Of a field, not of a person: Name is hidden as well, since Ana looks the same.
+_KEY = re.compile(r"(?:[a-z_]|[A-Z](?![a-z]))[\w.-]{0,63}", re.ASCII)
 _ENDINGS = ("@c.us", "@s.whatsapp.net", "@g.us")
 _ID_ENDINGS = ("id", "Id", "ID", "hone")
+_PHONE_FIELD = re.compile(r"[Pp]hone|[Mm]obile|[Mm][oó]vil|[Cc]elular|[Ww]hats[Aa]pp|^tel|_tel|Tel")
+_ROLE_FIELDS = ("author", "handler", "role")
 
 
 class Redactor:
@@ -86,7 +89,7 @@ class Redactor:
     def id(self, id: Any) -> Any:
         """The stand-in of an id, the same for the same person however the phone is written."""
         if isinstance(id, int) and not isinstance(id, bool):
-            return self._number(id)
+            return self._number(id, _DIGITS_MIN)
         text = str(id)
         ending = next((ending for ending in _ENDINGS if text.endswith(ending)), "")
         bare = text.removesuffix(ending)
@@ -121,9 +124,9 @@ class Redactor:
         if isinstance(value, str):
             return self._text(key, value)
         if isinstance(value, int) and not isinstance(value, bool):
-            return self._number(value)
-        if isinstance(value, float) and value.is_integer() and abs(value) >= _NUMBER_MIN:
-            return float(self._number(int(value)))
+            return self._number(value, _DIGITS_MIN if _PHONE_FIELD.search(key) else _NUMBER_DIGITS_MIN)
+        if isinstance(value, float) and abs(value) >= _NUMBER_MIN:
+            return float(self._number(int(value), _NUMBER_DIGITS_MIN))
         return value
 
     def _text(self, key: str, text: str) -> str:
@@ -133,20 +136,22 @@ class Redactor:
             return self.phone(digits)
         if key.endswith(_ID_ENDINGS):
             return str(self.id(text))
-        if key in KEPT_WORDS and _WORD.fullmatch(text) and not self._digits_in(text):
+        if key in _ROLE_FIELDS:
+            return text if text in KEPT_ROLES else REDACTED
+        if key in KEPT_WORDS and _WORD.fullmatch(text) and _digits_of(text) < _DIGITS_MIN:
             return text
         return REDACTED
 
     def _key_of(self, key: str) -> str:
-        if _KEY.fullmatch(key) and not _RUN.search(key):
+        if _KEY.fullmatch(key) and _digits_of(key) < _DIGITS_MIN:
             return key
         if _PHONE.fullmatch(key) and (digits := self._digits_in(key)):
             return self.phone(digits)
         return f"key-{self._mark(key)}"
 
-    def _number(self, number: int) -> int:
+    def _number(self, number: int, digits_min: int) -> int:
         text = str(abs(number))
-        if len(text) < _NUMBER_DIGITS_MIN:
+        if len(text) < digits_min:
             return number
         made = int(self.phone(text)) if len(text) <= _DIGITS_MAX else int(self._mark(text), 16)
         return made if number >= 0 else -made
@@ -157,3 +162,7 @@ class Redactor:
 
     def _mark(self, text: str, hex_digits: int = 12) -> str:
         return hmac.new(self._key, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:hex_digits]
+
+
+def _digits_of(text: str) -> int:
+    return sum(map(str.isdecimal, text))

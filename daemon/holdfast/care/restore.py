@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import tzinfo
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -62,6 +62,8 @@ ROOM_SHARE = 1.2
 
 ARCHIVE_WAIT_S = 600.0
 """The longest that the archive of a prepared state gets to catch up with its journal."""
+
+_ANOTHER = "; nothing was changed: choose another (`holdfast backups`)"
 
 RESTORES, RESTORES_MAX = "restores.json", 1_000
 """In ``backups/``: the seqs that restored states have, which no event has; and how many of them are known."""
@@ -227,7 +229,9 @@ def choose(
             continue
         if last is None or at_of(last.payload) <= at_ms:
             seq = history.seq_at(at_ms, found.manifest.seq)
-            _check_next(data_dir, seq, history, sets)
+            if (kept := left_at(data_dir, found, at_ms)) is not None:
+                raise HistoryGap(kept + 1, found.manifest.seq)
+            _check_next(data_dir, seq, at_ms, history, sets)
             return Target(found, seq, at_ms, True)
     if damage is not None:
         raise damage
@@ -239,14 +243,38 @@ def choose(
     )
 
 
-def _check_next(data_dir: Path, seq: int, history: History, sets: list[BackupSet]) -> None:
-    """Refuse the moment behind the event *seq* when events may be missing that happened before it.
+def left_at(data_dir: Path, found: BackupSet, at_ms: int | None = None) -> int | None:
+    """The last event that the set *found* shares with the history that was there at *at_ms* (None: now), when it has more
+    than that: the directory was put back from an older copy in between. None when it belongs to that history."""
+    assert found.manifest is not None
+    kept = [
+        one.kept
+        for one in _restored(data_dir)
+        if one.kept is not None
+        and one.kept < found.manifest.seq
+        and found.manifest.at <= one.at
+        and (at_ms is None or one.at <= format_ms(at_ms))
+    ]
+    return min(kept, default=None)
+
+
+def note_put_back(data: Directory, kept: int, now_ms: int) -> None:
+    """Keep that from now on other events follow the event *kept* than those that backups know of; errors as ``write_atomic``."""
+    _note_restored(data, _Restored(0, format_ms(now_ms), "", kept))
+
+
+def _check_next(data_dir: Path, seq: int, at_ms: int, history: History, sets: list[BackupSet]) -> None:
+    """Refuse the moment *at_ms* behind the event *seq* when events may be missing that happened before it.
 
     Raises:
-        HistoryGap: the next one is nowhere, though something later is known of.
+        HistoryGap: the next one is nowhere, though something later is known of; or it is no event, but a state that was
+            restored before that moment.
     """
     parts = history.parts()
-    if any(part.first_seq <= seq + 1 <= part.last_seq for part in parts) or seq + 1 in restored_seqs(data_dir):
+    restored = {one.seq: one.at for one in _restored(data_dir)}
+    if any(part.first_seq <= seq + 1 <= part.last_seq for part in parts):
+        return
+    if seq + 1 in restored and restored[seq + 1] >= format_ms(at_ms):
         return
     later = [part.first_seq for part in parts if part.first_seq > seq]
     later += [one.manifest.seq + 1 for one in sets if one.manifest is not None and one.manifest.seq > seq]
@@ -259,19 +287,25 @@ def _check_next(data_dir: Path, seq: int, history: History, sets: list[BackupSet
 
 def restored_seqs(data_dir: Path) -> set[int]:
     """The numbers that no event has, because a restored state took them."""
+    return {one.seq for one in _restored(data_dir)}
+
+
+def _restored(data_dir: Path) -> list[_Restored]:
     try:
         with Directory(data_dir / BACKUPS) as backups:
-            return {one.seq for one in msgspec.json.decode(backups.read(RESTORES), type=list[_Restored])}
+            return msgspec.json.decode(backups.read(RESTORES), type=list[_Restored])
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return set()
+        return []
 
 
-class _Restored(msgspec.Struct, frozen=True):
-    """A line of ``restores.json``: which number was given to which state, and when."""
+class _Restored(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A line of ``restores.json``: which number was given to which state, and when; or that the data was put back from an
+    older copy, whose last event was *kept*."""
 
     seq: int
     at: str
     source: str
+    kept: int | None = None
 
 
 def _note_restored(data: Directory, noted: _Restored) -> None:
@@ -297,7 +331,7 @@ def _named(sets: list[BackupSet], name: str) -> BackupSet:
             raise NotFound(f"no backup {name!a:.80}; there are {shown}")
         found = by_name[name]
     if found.manifest is None:
-        raise SetDamaged(f"backup {found.name} cannot be read: {found.damage}")
+        raise SetDamaged(f"backup {found.name} cannot be read: {found.damage}{_ANOTHER}")
     if found.manifest.data_format > FORMAT_VERSION:
         raise DataRefused(
             f"backup {found.name} holds data of format {found.manifest.data_format}, this Holdfast knows "
@@ -387,6 +421,16 @@ def plan(
     )
 
 
+@contextmanager
+def _naming_another() -> Iterator[None]:
+    """Says of a set that cannot be restored what to do."""
+    try:
+        yield
+    except SetDamaged as error:
+        raise SetDamaged(error.detail.removesuffix(_ANOTHER) + _ANOTHER) from error
+
+
+@_naming_another()
 def planned(
     settings: Settings,
     target: Target,
@@ -436,7 +480,15 @@ def planned(
             if line is not None:
                 shown.collection(name).fill(id, line)
         if not any(one.count for one in shown.collections.values()):
-            raise NotFound(f"backup {target.found.name} has no {id!a:.80} among the {names[0]} of that moment")
+            raise NotFound(
+                f"backup {target.found.name} has no {id!a:.80} among the {names[0]} of that moment; "
+                "name an older one (`holdfast backups`), or an earlier moment with --at"
+            )
+    elif names[0] not in {*COMPARED, *then.collections, *custom}:
+        raise NotFound(
+            f"neither backup {target.found.name} nor the present has a collection {names[0]!a:.80}; "
+            f"there are now: {', '.join([*COMPARED[:4], *custom])}"
+        )
     rows = plan(
         target,
         shown,
@@ -524,6 +576,7 @@ class Prepared(NamedTuple):
     names: tuple[str, ...]
 
 
+@_naming_another()
 def prepare(
     target: Target,
     place: Path,

@@ -48,10 +48,13 @@ def stale(sets: Sequence[BackupSet], wanted: BackupSettings, now_ms: int) -> lis
 
     What always stays: the newest set that was proved; the newest proved one that is as old as ``pitr``, since every later
     moment is restored from it. A set that cannot be read or failed its proof counts for nothing, and goes when enough good
-    ones are newer.
+    ones are newer. Those from before restores are counted apart: whoever puts one record after the other back must not lose
+    the sets that they come from.
     """
     good = [found for found in sets if is_good(found)]
-    kept = {found.name for found in good[: wanted.keep]}
+    before_restores = [found for found in good if found.manifest is not None and found.manifest.reason == "restore"]
+    others = [found for found in good if found not in before_restores]
+    kept = {found.name for some in (before_restores, others) for found in some[: wanted.keep]}
     for form, count in ((_DAY, wanted.keep_daily), (_WEEK, wanted.keep_weekly), (_MONTH, wanted.keep_monthly)):
         newest: dict[str, str] = {}
         for found in good:

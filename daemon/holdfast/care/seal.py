@@ -177,7 +177,7 @@ def _recipients(name: str) -> Iterator[Any]:
 
 def _recipient(text: str, where: str) -> Any:
     age = _age()
-    if text.startswith(SECRET_KEY_PREFIX):
+    if SECRET_KEY_PREFIX in text.upper():
         raise SettingsError(
             f"{where}: expected a recipient (age1…), found a secret key; age-keygen -y KEYFILE prints its recipient"
         )

@@ -24,12 +24,17 @@ from holdfast.care.backup_set import (
 from holdfast.care.packing import Seal, pack
 from holdfast.checksum import crc32
 from holdfast.disk.files import Directory
+from holdfast.errors import StorageFull
 
 PIECE_BYTES = 256 << 10
 """Read, hashed and compressed at a time; between two of them others are let go first."""
 
 PATIENCE_S = 60.0
 """The longest that the reading of one file is drawn out for the sake of others."""
+
+
+LEFT_BYTES, LEFT_SHARE = 16 << 20, 20
+"""What a set leaves free of the disk while others write there, or one in so many of it where that is less."""
 
 
 class Digest(NamedTuple):
@@ -206,6 +211,34 @@ class _Hashed:
             self._sha256.update(chunk)
             self.bytes += len(chunk)
             yield chunk
+
+
+def leaving_room(directory: Directory, is_busy: Callable[[], bool]) -> Callable[[], bool]:
+    """*is_busy*, which breaks a set off before it takes the last room, so that it is the set which fails and not the journal.
+
+    It raises:
+        StorageFull: too little is left on the disk of *directory*.
+    """
+
+    def asked() -> bool:
+        check_room(directory)
+        return is_busy()
+
+    return asked
+
+
+def check_room(directory: Directory, beyond_bytes: int = 0) -> None:
+    """Make sure that what must stay free is free on the disk of *directory*, also when *beyond_bytes* are written.
+
+    Raises:
+        StorageFull: it is not.
+    """
+    free, total = directory.space()
+    needed = min(LEFT_BYTES, total // LEFT_SHARE) + beyond_bytes
+    if free < needed:
+        raise StorageFull(
+            f"no room for a backup: {free >> 10} KiB are free at {directory.path}, it needs {needed >> 10} KiB; free space"
+        )
 
 
 def digest_of(pieces: Iterable[bytes]) -> Digest:

@@ -52,12 +52,18 @@ REQUEST_S, CONNECT_S = "60s", "10s"
 RETRIES = 2
 """By the library, within one try of ours."""
 
-_SCHEME = "s3://"
+SCHEME = "s3://"
+"""Before the name of a bucket."""
+
 _HALF_MADE = re.compile(r"\..+\.tmp")
 
 
 class CopyFailed(Exception):
     """The second place cannot be read or written now; the text says why."""
+
+
+class SourceDamaged(CopyFailed):
+    """The backup here is not what it was; nothing is wrong with the second place."""
 
 
 class Stopped(Exception):
@@ -134,7 +140,7 @@ def store_of(settings: Settings, place: str = "") -> Store:
     where = place or settings.backups.copy_to
     if not where:
         raise SettingsError("there is no second place: set backups.copy_to to a directory or to s3://BUCKET/PREFIX")
-    if where.startswith(_SCHEME):
+    if where.startswith(SCHEME):
         return _Bucket(settings, where)
     return _Shelf(Path(where))
 
@@ -269,7 +275,7 @@ class _Bucket:
     """A bucket of S3, below a prefix."""
 
     def __init__(self, settings: Settings, where: str) -> None:
-        bucket, _, prefix = where.removeprefix(_SCHEME).partition("/")
+        bucket, _, prefix = where.removeprefix(SCHEME).partition("/")
         self.where = where
         try:
             import obstore
@@ -283,6 +289,7 @@ class _Bucket:
         self._error = BaseError
         endpoint = settings.backups.s3_endpoint
         credentials: Any = _credentials(settings)
+        self._secrets = [text for text in credentials.values() if text]
         self._store: S3Store = S3Store(
             bucket,
             prefix=prefix.strip("/") or None,
@@ -422,9 +429,16 @@ class _Bucket:
             if is_stopping():
                 raise Stopped from error
             # The first line says it; the others are those of the library's own retries, with the whole request.
-            raise CopyFailed(f"{self.where}: {_short(error)}") from error
+            raise CopyFailed(f"{self.where}: {self._short(error)}") from error
         except OSError as error:
             raise CopyFailed(f"{self.where}: {error.strerror or error}") from error
+
+    def _short(self, error: Exception) -> str:
+        text = " ".join(str(error).split("\n\nDebug source")[0].split())
+        # A server that refuses a request may quote it.
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _credentials(settings: Settings) -> dict[str, Any]:
@@ -481,9 +495,4 @@ def _checked(pieces: Iterable[bytes], stored: StoredFile, is_stopping: Callable[
         digest.update(piece)
         yield piece
     if digest.hexdigest() != stored.stored_sha256:
-        raise CopyFailed(f"{stored.stored} of the backup is damaged; it is not copied, take another backup")
-
-
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split("\n\nDebug source")[0].split())
-    return text if len(text) <= 300 else f"{text[:300]}…"
+        raise SourceDamaged(f"{stored.stored} of the backup is damaged; it is not copied, take another backup")

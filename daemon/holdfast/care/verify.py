@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,7 +129,7 @@ FILES = frozenset(
 )
 """Likewise files, beside those of custom collections."""
 
-_KEPT_FILES = ("start-", "edited-", "imported-", "restores.json")
+_KEPT_FILES = ("start-", "edited-", "imported-", "restores.json", "copied_to.json")
 
 
 def verify(
@@ -461,7 +461,16 @@ class _Verification:
                 mend=OPEN,
             )
             return
-        if present is None:
+        flushed_seq = self._journal_base()
+        if present is None and flushed_seq:
+            yield a_warning(
+                "manifest",
+                f"the manifest of a flush up to event {flushed_seq}, behind which the journal begins",
+                f"{MANIFEST} is missing",
+                "start: the files are used without it, and what is missing of them comes from the backups",
+                mend=OPEN,
+            )
+        elif present is None:
             yield Finding(severity="notice", part="manifest", found="there is none yet: nothing was flushed so far")
         else:
             yield Finding(
@@ -639,6 +648,12 @@ class _Verification:
 
     # The journal.
 
+    def _journal_base(self) -> int:
+        """The event behind which the journal begins; 0 when that cannot be told."""
+        with suppress(OSError), Directory(self._path / JOURNAL) as directory:
+            return min(_firsts_in(directory), default=1) - 1
+        return 0
+
     def _look_at_journal(self) -> Iterator[Finding]:
         engine = self._engine
         durable_seq = 0 if engine is None else engine.status()["durable_seq"]
@@ -680,11 +695,12 @@ class _Verification:
                 "journal", f"event {durable_seq}, which was acknowledged", f"it ends at {last_seq}", "check the disk"
             )
         if not any(finding.severity == "error" for finding in findings):
-            count = max(0, last_seq - snapshot_seq)
+            count = max(0, last_seq - (snapshot_seq or min(firsts, default=1) - 1))
             yield Finding(
                 severity="ok",
                 part="journal",
-                found=f"{count} events behind the snapshots, to event {self._seen.last_seq}, in {len(firsts)} segments",
+                found=f"{_many(count, 'event')} behind the snapshots, to event {self._seen.last_seq}, "
+                f"in {_many(len(firsts), 'segment')}",
             )
 
     def _segments(
@@ -1015,7 +1031,7 @@ class _Verification:
             yield Finding(
                 severity="ok",
                 part="backups",
-                found=f"{len(sound)} sets, {proved} of them proved, the newest {sets[0].name} at event "
+                found=f"{_many(len(sound), 'set')}, {proved} of them proved, the newest {sets[0].name} at event "
                 f"{sets[0].manifest.seq if sets[0].manifest else 0}",
             )
 
@@ -1075,7 +1091,7 @@ class _Verification:
             yield Finding(
                 severity="notice",
                 part="quarantine",
-                found=f"{len(names)} damaged files, the oldest {min(names)}",
+                found=f"{_many(len(names), 'damaged file')}, the oldest {min(names)}",
                 action="read the reports beside them; remove what you do not need",
             )
         else:
@@ -1160,6 +1176,10 @@ class _Verification:
             raise Unavailable("stopping; verify again later")
         if self._engine is not None:
             time.sleep(PAUSE_S)
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _firsts_in(directory: Directory) -> list[int]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import click
 
 from holdfast.cli.connection import WORK_TIMEOUT_S, Daemon, daemon_options
-from holdfast.cli.show import examples, json_option, print_json
-from holdfast.settings import format_size
+from holdfast.cli.show import examples, json_option, print_json, readable_count, readable_size
 
 
 @click.command(epilog=examples("holdfast flush && cp -a data/*.json /somewhere/"))
@@ -18,8 +17,8 @@ def flush(daemon: Daemon, as_json: bool) -> None:
     if as_json:
         return print_json(report)
     click.echo(
-        f"flushed up to seq {report['snapshot_seq']}: {report['files']} files, "
-        f"{format_size(report['bytes'])}, {report['duration_ms']:.0f} ms"
+        f"flushed up to seq {report['snapshot_seq']}: {readable_count(report['files'], 'file')}, "
+        f"{readable_size(report['bytes'])}, {report['duration_ms']:.0f} ms"
     )
 
 

@@ -16,7 +16,16 @@ import orjson
 from holdfast.cli.arguments import SINCE, TEXT
 from holdfast.cli.connection import DIRECTORY, settings_of
 from holdfast.cli.groups import InOrder
-from holdfast.cli.show import Column, examples, json_option, print_json, print_json_line, print_table, readable_size
+from holdfast.cli.show import (
+    Column,
+    examples,
+    json_option,
+    print_json,
+    print_json_line,
+    print_table,
+    readable_count,
+    readable_size,
+)
 from holdfast.clock import parse_ms
 from holdfast.disk.files import Directory
 from holdfast.disk.journal import Damage, History, JournalLine, read_history
@@ -191,7 +200,8 @@ def stat(wanted: Wanted, as_json: bool) -> int:
 
 
 def _show(found: dict[str, Any]) -> None:
-    click.echo(f"{found['events']:,} events, {readable_size(found['bytes'])}, in {found['segments']} segments")
+    size, segments = readable_size(found["bytes"]), readable_count(found["segments"], "segment")
+    click.echo(f"{readable_count(found['events'], 'event')}, {size}, in {segments}")
     if not found["events"]:
         return
     for name in ("oldest", "newest"):
@@ -263,7 +273,7 @@ class _Reading:
 
     def _before(self, first_seq: int) -> Iterator[JournalLine]:
         """What stands before the segments of the journal: in ``kept/``, and packed in ``backups/journal/``."""
-        from holdfast.care import history  # here, since it brings what only few calls need
+        from holdfast.care import history, restore  # here, since they bring what only few calls need
 
         found = history.History(self._settings.data_dir)
         parts = [part for part in found.parts() if part.first_seq < first_seq]
@@ -282,6 +292,9 @@ class _Reading:
                 end = gap.first if len(missing) < SINGLY_MAX else gap.last
                 missing.append((gap.first, end))
                 position = end
+        # A restored state stands at a number of its own.
+        states = restore.restored_seqs(self._settings.data_dir)
+        missing = [(first, last) for first, last in missing if not states.issuperset(range(first, last + 1))]
         self._problems += [
             f"events {first} to {last} are missing, or cannot be read" for first, last in _joined(missing)
         ]

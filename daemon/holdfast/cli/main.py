@@ -61,13 +61,11 @@ _SECTIONS = {
         "conversations",
         "escalations",
         "stats",
-        "cleanup",
-        "compact",
         "export",
         "import",
     ),
-    "Backups": ("backup", "backups", "restore"),
-    "Care": ("verify", "mend", "migrate", "downgrade-check"),
+    "Backups": ("backup", "backups", "copies", "restore"),
+    "Care": ("verify", "mend", "cleanup", "compact", "migrate", "downgrade-check"),
     "What happened": ("tail", "journal"),
 }
 """How the help groups them; the others follow as tools."""

@@ -57,7 +57,7 @@ _TITLES = {
     "snapshot_bytes": "snapshots",
     "last_flush": "last flush",
 }
-_SHOWN_OTHERWISE = ("state", "degraded", "journal_segments")
+_SHOWN_OTHERWISE = ("state", "degraded", "journal_segments", "disk", "parts")
 
 
 class Row(NamedTuple):
@@ -152,7 +152,29 @@ def rows(status: dict[str, Any], rate: float | None = None) -> list[Row]:
         shown.append(Row("ops", f"{rate:,.0f} a second"))
     shown += [Row(title, _readable(name, status[name], status)) for name, title in _TITLES.items() if name in status]
     others = {name: value for name, value in status.items() if name not in (*_TITLES, *_SHOWN_OTHERWISE)}
-    return shown + [Row(name, _readable(name, value, status)) for name, value in _flat(others)]
+    shown += [Row(name, _readable(name, value, status)) for name, value in _flat(others)]
+    return shown + list(_disk_rows(status.get("disk") or {})) + list(_part_rows(status.get("parts") or {}))
+
+
+def _disk_rows(disk: dict[str, Any]) -> Iterator[Row]:
+    """What is free, and for how long: nothing that was not looked at yet."""
+    if not disk.get("size_bytes"):
+        return
+    files = disk.get("free_files")
+    room = f"{readable_size(disk['free_bytes'])} of {readable_size(disk['size_bytes'])}"
+    yield Row("disk free", room if files is None else f"{room}, and {readable_count(files, 'file')}")
+    grows, hours = disk.get("grows_bytes_h"), disk.get("hours_left")
+    if grows is not None:
+        yield Row("disk fills by", f"{readable_size(max(grows, 0))} an hour")
+    if hours is not None:
+        yield Row("disk is full in", readable_span(hours * 3600))
+
+
+def _part_rows(parts: dict[str, Any]) -> Iterator[Row]:
+    """What takes the room, the empty parts left out."""
+    for name, used in parts.items():
+        if used.get("files"):
+            yield Row(f"size of {name}", f"{readable_size(used['bytes'])} in {readable_count(used['files'], 'file')}")
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

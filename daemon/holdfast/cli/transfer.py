@@ -423,7 +423,7 @@ def _tell_import(report: MergeReport, as_json: bool) -> int:
     click.echo(f"{done} {readable_count(report.changes, 'record')}, {readable_count(report.messages, 'message')} added")
     if report.ignored:
         names = ", ".join(report.ignored[:5])
-        click.echo(f"left out {readable_count(len(report.ignored), 'file')} that hold no data of ours: {names}")
+        click.echo(f"left out, as no data of ours: {names}{' and more' if len(report.ignored) > 5 else ''}")
     if report.backup is not None:
         click.echo(f"as it was before: backup {report.backup}")
     for reason in report.reasons:

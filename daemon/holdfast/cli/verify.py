@@ -49,7 +49,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     )
 )
 @click.option("--deep", is_flag=True, help="Load every backup as well, and look at each page of a running archive.")
-@click.option("--backup", "backup", metavar="NAME", help="Only this backup: load all of it.")
+@click.option("--backup", "backup", metavar="NAME|latest", help="Only this backup: load all of it.")
 @click.option(
     "--identity",
     type=click.Path(path_type=Path),
@@ -213,6 +213,8 @@ def _verify_backup(name: str, as_json: bool) -> int:
 
     settings = settings_of(_flag("data_dir"))
     sets = {found.name: found for found in list_sets(settings.data_dir)}
+    if name == "latest" and sets:
+        name = next(iter(sets))
     if name not in sets:
         there = ", ".join(list(sets)[:3]) or "none"
         raise NotFound(f"no backup {name!a:.80} in {settings.data_dir}; the newest are: {there}")
@@ -222,6 +224,8 @@ def _verify_backup(name: str, as_json: bool) -> int:
     _progress("")
     if as_json:
         print_json(msgspec.to_builtins(proof) | {"name": name})
+    elif proof.ok and proof.reason:
+        click.echo(f"backup {name}: {printable(proof.reason)}")
     elif proof.ok:
         records = ", ".join(f"{count:,} {what}" for what, count in sorted(proof.counts.items()) if count)
         click.echo(f"backup {name} can be loaded: {records or 'empty'}")

@@ -164,7 +164,9 @@ EVENTS: dict[str, Event] = {
     "inbox.rejected": Event(
         "a file in the inbox could not be taken; it is in `inbox/rejected/` with a report", ("file", "reason")
     ),
-    "inbox.postponed": Event("a file in the inbox waits for room; it is tried again", ("file", "reason")),
+    "inbox.postponed": Event(
+        "a file in the inbox cannot be taken or put away now; it is tried again", ("file", "reason")
+    ),
     "inbox.failed": Event("the inbox or the snapshot files could not be looked at", ("reason", "exception")),
     "inbox.watch_degraded": Event(
         "the system refused to watch the inbox; it is looked at twice a second all the same", ("reason", "poll_s")
@@ -187,6 +189,10 @@ EVENTS: dict[str, Event] = {
     ),
     "history.resumed": Event("there is room again: the history is kept from this event on", ("after_seq",)),
     "history.gap_found": Event("events that the history should keep cannot be read", ("first_seq", "last_seq")),
+    "history.set_aside": Event(
+        "the data was put back from an older copy: events of the history beyond it are in quarantine/",
+        ("first_seq", "last_seq", "present_seq"),
+    ),
     "history.failed": Event("the history could not be kept for now; it is tried again", ("reason", "exception")),
     "backup.copied": Event(
         "a backup stands at the second place as well", ("name", "place", "files", "bytes", "duration_ms")
