@@ -69,7 +69,10 @@ def test_kill_at_every_call_of_backups(prepared: Path, tmp_path: Path, capsys: p
         if done.returncode != -9:
             wrong.append(f"{call} {number}: not killed, {done.returncode} {done.stderr[-200:]!r}")
         count = acknowledged.stat().st_size if acknowledged.exists() else 0
-        wrong += [f"{call} {number}: {complaint}" for complaint in _complaints(data_dir, count, tmp_path / "scratch")]
+        wrong += [
+            f"{call} {number}: {complaint}"
+            for complaint in complaints_after_backups(data_dir, count, tmp_path / "scratch")
+        ]
         shutil.rmtree(data_dir)
         acknowledged.unlink(missing_ok=True)
 
@@ -100,7 +103,7 @@ def _places(prepared: Path, tmp_path: Path) -> list[tuple[str, int]]:
     return found
 
 
-def _complaints(data_dir: Path, acknowledged: int, scratch: Path) -> list[str]:
+def complaints_after_backups(data_dir: Path, acknowledged: int, scratch: Path) -> list[str]:
     """What is not as it must be after a kill."""
     scratch.mkdir(exist_ok=True)
     wrong = []

@@ -44,7 +44,7 @@ def test_kill_at_every_call_of_a_migration(tmp_path: Path, capsys: pytest.Captur
         )  # fmt: skip
         if done.returncode != -9:
             wrong.append(f"{call} {number}: not killed, {done.returncode} {done.stderr[-200:]!r}")
-        wrong += [f"{call} {number}: {complaint}" for complaint in _complaints(data_dir)]
+        wrong += [f"{call} {number}: {complaint}" for complaint in complaints_after_migration(data_dir)]
         shutil.rmtree(data_dir)
 
     assert not wrong, wrong[:5]
@@ -75,7 +75,7 @@ def _places(prepared: Path, tmp_path: Path) -> list[tuple[str, int]]:
     return found
 
 
-def _complaints(data_dir: Path) -> list[str]:
+def complaints_after_migration(data_dir: Path) -> list[str]:
     """What is not as it must be after a kill."""
     wrong = []
     layout = (

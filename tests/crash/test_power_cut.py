@@ -31,10 +31,10 @@ def disk(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
     image, place = tmp_path / "disk.img", tmp_path / "disk"
     place.mkdir()
     try:
-        _run("truncate", "-s", "64M", str(image))
-        _run("mkfs.ext4", "-q", "-F", "-J", "size=4", str(image))
-        _run("mount", "-o", "loop", str(image), str(place))
-        _run("umount", str(place))
+        run_tool("truncate", "-s", "64M", str(image))
+        run_tool("mkfs.ext4", "-q", "-F", "-J", "size=4", str(image))
+        run_tool("mount", "-o", "loop", str(image), str(place))
+        run_tool("umount", str(place))
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
         pytest.skip(f"needs ext4 on a loop device: {error}")
     yield image, place
@@ -55,7 +55,7 @@ def test_power_cuts(disk: tuple[Path, Path], capsys: pytest.CaptureFixture[str])
     behind = 0
 
     for cut in range(CUTS):
-        _run("mount", "-o", "loop", str(image), str(place))
+        run_tool("mount", "-o", "loop", str(image), str(place))
         log = Recorder()
         engine = reopened(place / "data", log)
         wrong += differences(ledgers, found_in(engine)) + engine.degraded + surprises(log) + holes_in(engine)
@@ -71,14 +71,14 @@ def test_power_cuts(disk: tuple[Path, Path], capsys: pytest.CaptureFixture[str])
         status = engine.status()
         behind += status["archived_seq"] < status["durable_seq"]
         has_power.clear()
-        _cut(place)
+        cut_power(place)
         for worker in workers:
             worker.join()
         try:
             engine.close(flush=False)
         except (HoldfastError, OSError):
             pass  # its disk is gone
-        _run("umount", str(place))
+        run_tool("umount", str(place))
 
     acknowledged = sum(ledger.acknowledged for ledger in ledgers)
     assert acknowledged > CUTS and behind
@@ -110,12 +110,12 @@ def _flush(engine: Engine) -> None:
             return
 
 
-def _cut(place: Path) -> None:
+def cut_power(place: Path) -> None:
     """From now on nothing reaches the disk, and what was not synced is gone."""
     directory = os.open(place, os.O_RDONLY)
     fcntl.ioctl(directory, _EXT4_IOC_SHUTDOWN, struct.pack("I", _NO_LOG_FLUSH))
     os.close(directory)
 
 
-def _run(*command: str) -> None:
+def run_tool(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True)

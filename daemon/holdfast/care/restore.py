@@ -179,7 +179,7 @@ class RestoreState(msgspec.Struct, frozen=True, kw_only=True):
         backup: name of the set.
         at: the moment of the state, ISO 8601.
         progress: in words, while it is under way.
-        reason: why it failed; the data is what it was before.
+        reason: why it failed. The data is what it was before, unless this speaks of what was found after the restore.
         report: what it did.
     """
 

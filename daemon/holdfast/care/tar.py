@@ -98,7 +98,8 @@ def members(chunks: Iterable[bytes], *, bytes_max: int) -> Iterator[Member]:
         count += 1
         if total > bytes_max or count > FILES_MAX:
             raise InvalidRecord(
-                f"the archive holds more than the {bytes_max} bytes or {FILES_MAX} files that can be taken at once; split it"
+                f"the archive holds more than {FILES_MAX} files, or than the {bytes_max} bytes that the disk has room for; "
+                "free space, or split it"
             )
         yield Member(name, size, stream.pieces(size), max(0, _number(block[136:148])))
         stream.finish_pieces()
