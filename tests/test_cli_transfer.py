@@ -61,6 +61,8 @@ def test_everything_goes_out_of_a_running_daemon_and_into_another_directory(cwd:
     assert json.loads((tmp_path / "all" / "moved.json").read_text())[0]["state"] == "open"
     assert (tmp_path / "all").stat().st_mode & 0o777 == 0o700
     assert (tmp_path / "all.tar.zst").stat().st_mode & 0o777 == 0o600
+    back = told("import", tmp_path / "all.tar.zst", "--yes", cwd=cwd)
+    assert back["collections"]["moved"]["same"] == 2 and back["messages"] == 0 and back["backup"] is None
     (tmp_path / "new").mkdir()
     for source, added in ((tmp_path / "all.tar.zst", 2), (tmp_path / "all", 0)):
         report = told("import", source, "--data-dir", tmp_path / "new", "--yes", cwd=tmp_path)

@@ -412,3 +412,29 @@ def test_the_command_names_the_backups_there_are(data_dir: Path) -> None:
     done = forked("verify", "--data-dir", data_dir, "--backup", "../x", cwd=data_dir)
 
     assert_told_in_one_line(done, 1, "no backup", "none")
+
+
+def test_what_an_old_bot_left_is_no_problem(tmp_path: Path) -> None:
+    """Its files may be readable to all, as it wrote them: nobody else can enter the directory, taken over as it is."""
+    data_dir = tmp_path / "data"
+    data_dir.mkdir(mode=0o700)
+    (data_dir / "chat_sessions.json").write_text(
+        '[{"recipientPhone": "573001234567", "lastActivity": "2020-01-01T00:00:00Z"}]'
+    )
+    (data_dir / "config.json").write_text('{"colour": "red"}')
+    for place, name, content in (
+        ("users", "u1.json", {"id": "u1"}),
+        ("conversations", "c1.json", {"id": "c1", "messages": [{"role": "user", "content": "hola"}]}),
+        ("conversations", "broken.json", {"id": "broken", "messages": "none"}),
+    ):
+        (data_dir / place).mkdir(exist_ok=True)
+        (data_dir / place / name).write_text(json.dumps(content))
+    for path in data_dir.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+    for _ in range(2):
+        with running(data_dir) as engine:
+            engine.flush("api")
+            assert verify(data_dir, engine.settings, engine=engine).wrong == []
+        assert looked(data_dir).wrong == []
+    assert list((data_dir / "quarantine").glob("*broken.json"))

@@ -572,10 +572,18 @@ class _Within(io.RawIOBase):
 
     def __init__(self, file: IO[bytes], begins: int, size: int) -> None:
         self._file = file
-        self._at, self._ends = begins, begins + size
+        self._begins, self._at, self._ends = begins, begins, begins + size
 
     def readable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: self._begins, os.SEEK_CUR: self._at, os.SEEK_END: self._ends}[whence]
+        self._at = min(max(self._begins, start + offset), self._ends)
+        return self._at - self._begins
 
     def readinto(self, buffer: Any) -> int:
         piece = os.pread(self._file.fileno(), min(len(buffer), self._ends - self._at), self._at)

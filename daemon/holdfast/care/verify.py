@@ -38,6 +38,7 @@ from holdfast.care.findings import (
     readable_size,
 )
 from holdfast.care.history import JOURNAL, History, HistoryGap
+from holdfast.care.mirror import CONVERSATIONS_PLACE, ESCALATIONS_PLACE
 from holdfast.care.packing import Seal
 from holdfast.care.prove import prove
 from holdfast.care.prover import Unproved, prove_apart
@@ -279,6 +280,13 @@ def _politely(work: Callable[[], Report]) -> Report:
     return found
 
 
+_KEPT_FROM_OTHERS = tuple(
+    os.path.join(*parts)
+    for parts in (("inbox", ""), ("quarantine", ""), *((BACKUPS, kind) for kind in ("imported-", "start-", "edited-")))
+)
+"""How the paths begin of what others wrote, and we only moved or linked."""
+
+
 class _Manifests(NamedTuple):
     """The manifest, and that of a flush which moves its files; None where there is none that can be read."""
 
@@ -413,8 +421,17 @@ class _Verification:
                     continue  # removed meanwhile
 
     def _is_dropped(self, path: str) -> bool:
-        """Whether somebody else put it there, who may choose its mode."""
-        return path.startswith("inbox" + os.sep)
+        """Whether somebody else put it there, who may choose its mode: nobody can enter the data directory itself.
+
+        What an old bot left stays as it was, also where it is kept: in backups and quarantine.
+        """
+        if path.partition(os.sep)[0] in ("users", CONVERSATIONS_PLACE, ESCALATIONS_PLACE):
+            return True
+        if path.startswith(_KEPT_FROM_OTHERS):
+            return True
+        return (
+            path.endswith(".json") and os.sep not in path and path not in FILES and not self._manifests().entries(path)
+        )
 
     def _look_at_space(self) -> Iterator[Finding]:
         found = os.statvfs(self._path)

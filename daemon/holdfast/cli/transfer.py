@@ -384,7 +384,9 @@ def _tar_of(given: Given) -> Iterator[bytes]:
         yield tar.header_of(MANIFEST_FILE, len(raw)) + raw + tar.padding_of(len(raw))
     for part in given.parts:
         with part.open() as file:
-            size = os.fstat(file.fileno()).st_size
+            # Not of its descriptor: it may be a part of another file.
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             yield tar.header_of(part.name, size, part.written_ms // 1000)
             left = size
             while left and (piece := file.read(min(left, READ_BYTES))):
