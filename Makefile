@@ -9,6 +9,11 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SERVE := $(BIN)/holdfast serve --data-dir $(DATA) $(ARGS)
 
+# Each takes the next part of what is left. More at a time would hurt the tests that measure who waits for whom.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist worksteal
+# The tests start hundreds of processes, each of which would compile the whole package.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help run test check format crash bench clean
 
@@ -24,7 +29,7 @@ run: .venv/.run  ## install into .venv, start the daemon on ./data, stop with ct
 		exec $(SERVE); fi
 
 test: .venv/.test  ## run the tests; ARGS="tests/test_x.py -k name" for some of them
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),$(SIDE_BY_SIDE))
 
 check: .venv/.dev  ## lint, formatting, types, import layers
 	$(BIN)/ruff check .

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import structlog
+
 from holdfast.cli.main import main
 
 HOLDFAST = [sys.executable, "-m", "holdfast"]
@@ -85,6 +87,7 @@ def _become_holdfast(arguments: list[str], cwd: Path, variables: dict[str, str],
         sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
         os.chdir(cwd)
         os.environ.update(environment(**variables))
+        structlog.reset_defaults()  # whatever the tests before have made of it
         sys.argv = ["holdfast", *arguments]
         main()
     except SystemExit as exit:

@@ -134,7 +134,7 @@ def test_an_encrypted_export_opens_with_its_key_only(place: Place, tmp_path: Pat
         assert "age" in place.run("export", tmp_path / "open.tar.zst", "--recipient", place.recipient, code=2)
 
     for file in (stopped, served):
-        other = tmp_path / f"other-{file.name}"
+        other = tmp_path / file.name[:4]
         other.mkdir()
         refused = holdfast("import", file, "--yes", "--data-dir", other, cwd=place.path)
         assert refused.returncode != 0
