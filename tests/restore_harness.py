@@ -101,6 +101,7 @@ def pack_set(data_dir: Path, at_ms: int, into: Path | None = None, reason: str =
         seq=max(manifest.snapshot_seq, archived_seq),
         snapshot_seq=manifest.snapshot_seq,
         archived_seq=archived_seq,
+        lineage=manifest.lineage,
         files=files,
     )
     (place / SET_FILE).write_bytes(encode_set_manifest(found))

@@ -676,6 +676,29 @@ def test_a_backup_is_taken_each_day_and_the_newest_proved_again(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_backup_that_is_overdue_makes_degraded(tmp_path: Path) -> None:
+    """Twice the time between two of them, also when nothing ever failed; with nothing to save nobody is bothered."""
+    clock = HandClock()
+    with running(tmp_path / "data", clock=clock) as engine:
+        clock.advance(3 * 24 * 3600)
+        engine.look_at_disk()
+        empty = list(engine.degraded)
+        fill(engine)
+        engine.look_at_disk()
+        never = list(engine.degraded)
+        engine.backups.take("api")
+        clock.advance(24 * 3600)
+        engine.look_at_disk()
+        fresh, told = list(engine.degraded), engine.status()["backups"]
+        clock.advance(25 * 3600)
+        engine.look_at_disk()
+        old = list(engine.degraded)
+
+    assert (empty, fresh) == ([], [])
+    assert "there is no backup" in never[0] and "the newest backup is 49 hours old" in old[0]
+    assert (told["count"], told["is_proved"]) == (1, True) and told["newest_at"] == format_ms(NOW_MS + 3 * DAY_MS)
+
+
 def test_a_backup_does_not_take_the_last_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails while there is still room for the journal: at its begin, or at whichever piece it would get too little."""
     data_dir = tmp_path / "data"

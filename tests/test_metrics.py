@@ -687,7 +687,7 @@ def test_the_alerts_look_at_metrics_that_exist(tmp_path: Path) -> None:
         names = {name for name, _ in (await scraped(served)).samples}
         looked_at = set(re.findall(r"\bholdfast_\w+", " ".join(alerts().values())))
 
-        assert len(alerts()) == RULES.read_text().count("expr:") == 5
+        assert len(alerts()) == RULES.read_text().count("expr:") == 6
         assert len(looked_at) >= 6
         assert looked_at <= names
 

@@ -44,7 +44,7 @@ VOLATILE = {
     "findings",
     "parts",
     *("at", "bytes", "data_dir", "date", "duration_ms", "expires_at", "files", "journal_bytes", "last_flush", "listen"),
-    *("backup", "backup_at", "oldest", "newest", "new_bytes", "proved_at", "since"),
+    *("backup", "backup_at", "oldest", "newest", "new_bytes", "newest_at", "proved_at", "since"),
     *("paths", "pid", "pruned", "uptime_s", "created_at", "updated_at", "opened_at"),
 }
 """Keys whose values are others each time."""

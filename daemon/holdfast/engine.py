@@ -758,6 +758,8 @@ class Engine:
             "snapshot_bytes": self._flusher.snapshot_bytes,
             "durability": self._committer.durability,
             "last_flush": None if last is None else msgspec.to_builtins(last),
+            "backups": self._backup_status(),
+            "copies": None if self.copies is None else self.copies.status(),
             "disk": {
                 "free_bytes": space.free_bytes,
                 "size_bytes": space.disk_bytes,
@@ -767,6 +769,16 @@ class Engine:
             },
             "parts": {name: usage._asdict() for name, usage in self.space.parts.items()},
             "degraded": self.degraded,
+        }
+
+    def _backup_status(self) -> dict[str, Any]:
+        figures = self.backups.figures()
+        return {
+            "count": figures.sets,
+            "bytes": figures.bytes,
+            "newest_at": format_ms(figures.taken_ms) if figures.taken_ms else None,
+            "proved_at": format_ms(figures.proved_ms) if figures.proved_ms else None,
+            "is_proved": bool(figures.proved_ms) and figures.is_proof_ok,
         }
 
     def last_seq(self) -> int:
@@ -967,7 +979,11 @@ class Engine:
             OSError: the file system does not answer.
         """
         self.space.look(self.settings.limits.disk_free, is_stopping)
-        complaints = {"disk": self.space.complaint, "copies": self.copies.complaint if self.copies is not None else ""}
+        complaints = {
+            "disk": self.space.complaint,
+            "overdue": self.backups.complaint,
+            "copies": self.copies.complaint if self.copies is not None else "",
+        }
         for name, complaint in complaints.items():
             if complaint:
                 self.care_notes[name] = complaint

@@ -332,6 +332,7 @@ class Flusher:
             holdfast=__version__,
             at=format_ms(self._clock.now_ms()),
             snapshot_seq=seq,
+            lineage=self._manifest.lineage,
             files=self._manifest.files | staged,
         )
         self._keep_what_others_wrote(staged)

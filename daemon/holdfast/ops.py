@@ -517,6 +517,7 @@ class BackupInfo(msgspec.Struct, frozen=True):
         at: when it was taken, ISO 8601; empty when it cannot be read.
         reason, seq, records, bytes, new_bytes: as in ``BackupReport``.
         encrypted: whether it is.
+        foreign: whether it is of another data directory, and so used only when it is named.
         proved: whether everything was loaded from it, the last time that was tried; None when it never was.
         proved_at: when, ISO 8601; empty when it never was.
         problem: why it cannot be read, or was not right; empty otherwise.
@@ -530,6 +531,7 @@ class BackupInfo(msgspec.Struct, frozen=True):
     bytes: int
     new_bytes: int
     encrypted: bool
+    foreign: bool
     proved: bool | None
     proved_at: str
     problem: str

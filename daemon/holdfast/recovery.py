@@ -51,6 +51,7 @@ from holdfast.disk.snapshot import (
     FileEntry,
     Manifest,
     encode_manifest,
+    new_lineage,
     read_manifest,
     salvage,
 )
@@ -241,6 +242,7 @@ class _Recovery:
         journal = self._open_journal(journal_directory, history)
         manifest = msgspec.structs.replace(
             self._manifest,
+            lineage=self._lineage(),
             files={
                 name: msgspec.structs.replace(entry, mtime_ns=self._written_at.get(name, entry.mtime_ns))
                 for name, entry in self._manifest.files.items()
@@ -322,6 +324,14 @@ class _Recovery:
         # A flush that was interrupted while its files moved into place: each file is the old or the new one, and
         # replay from the old seq is right over both. The first flush ever has no old manifest; its seq is 0.
         self._alternative = manifests[MANIFEST_NEXT]
+
+    def _lineage(self) -> str:
+        """Whose seqs these are; without a manifest that tells, the backups may."""
+        manifests = [self._manifest] if self._alternative is None else [self._manifest, self._alternative]
+        known = [one.lineage for one in manifests]
+        if not any(known):
+            known = [found.manifest.lineage for found in self._backed.sets if found.manifest is not None]
+        return next(filter(None, known), "") or new_lineage()
 
     def _load_snapshots(self) -> None:
         self._written_at = {

@@ -27,6 +27,7 @@ from holdfast.care.backup_set import (
     Proof,
     SetManifest,
     list_sets,
+    own_sets,
     read_set,
     write_proof,
 )
@@ -55,6 +56,9 @@ CHECK_EVERY_S = 60.0
 
 RETRY_S = 600.0
 """After a backup or a proof that failed, the time to the next one."""
+
+OVERDUE_AFTER = 2
+"""So many times ``backups.every`` without a new set are told as a problem."""
 
 PROVE_EVERY_S = 24 * 3600.0
 """The newest set is proved again when its proof is so old: disks forget."""
@@ -117,6 +121,7 @@ class Backups:
         self._source = source
         self._clock = clock
         self._log = log
+        self._since_ms = clock.now_ms()
         self._cancelled = threading.Event()
         # While a set is written, proved, or removed.
         self._running = threading.Lock()
@@ -134,10 +139,10 @@ class Backups:
             if data.stat(BACKUPS) is not None:
                 with data.subdirectory(BACKUPS) as backups:
                     _remove_half_made(backups)
-        sets = list_sets(self._source.data_dir)
-        self._count(sets)
-        self._note_newest(next((found for found in sets if found.manifest is not None), None))
-        self._note_newer(sets)
+        self._count(list_sets(self._source.data_dir))
+        own = own_sets(self._source.data_dir)
+        self._note_newest(own[0] if own else None)
+        self._note_newer(own)
         self.history.start()
 
     def take(self, reason: str, progress: Progress | None = None) -> BackupReport:
@@ -179,7 +184,7 @@ class Backups:
         settings, now_ms = self._source.settings(), self._clock.now_ms()
         if self._tried_at is not None and self._clock.monotonic() < self._tried_at + RETRY_S:
             return
-        sets = [found for found in list_sets(self._source.data_dir) if found.manifest is not None]
+        sets = own_sets(self._source.data_dir)
         newest = sets[0] if sets else None
         self._note_newest(newest)
         if self._source.seq() and self._is_due(sets, settings.backups.every, now_ms):
@@ -221,6 +226,21 @@ class Backups:
         """The sets, newest first, and the history; reads a small file of each."""
         sets = list_sets(self._source.data_dir)
         return BackupList(infos_of(sets), history_of(self._source.settings(), sets, self.history.problem))
+
+    @property
+    def complaint(self) -> str:
+        """What an operator should do something about; empty when the newest set is new enough, or nothing is to be saved."""
+        every_s = self._source.settings().backups.every
+        now_ms, taken_ms = self._clock.now_ms(), self._figures.taken_ms
+        age_s = (now_ms - max(taken_ms, self._since_ms)) / 1000
+        if age_s <= OVERDUE_AFTER * every_s or not self._source.seq():
+            return ""
+        what = (
+            f"the newest backup is {(now_ms - taken_ms) / 3_600_000:.0f} hours old"
+            if taken_ms
+            else "there is no backup"
+        )
+        return f"{what}, with backups.every at {every_s / 3600:g} hours; the log says why, `holdfast backup` makes one"
 
     def figures(self) -> BackupFigures:
         """For metrics; reads nothing."""
@@ -358,6 +378,7 @@ class Backups:
                             reason=reason,
                             seq=max(taken.snapshot_seq, reached),
                             snapshot_seq=taken.snapshot_seq,
+                            lineage=taken.lineage,
                             archived_seq=taken.snapshot_seq if archived_seq is None else archived_seq,
                             counts=counts,
                         )
@@ -461,7 +482,7 @@ class Backups:
                 self._log.warning("history.failed", reason=str(error))
             self._source.notes["copied"] = (
                 f"the data ends with event {present_seq}, but its backups know of event {newest_seq}: it was put back from "
-                "an older copy, or backups of another directory are here; what is missing is in the backups"
+                "an older copy; what is missing is in the backups"
             )
 
     def _count(self, sets: list[BackupSet]) -> None:
@@ -471,7 +492,7 @@ class Backups:
             if found.manifest is not None
             for file in found.manifest.files.values()
         }
-        newest = next((found for found in sets if found.manifest is not None), None)
+        newest = next((found for found in sets if found.manifest is not None and not found.is_foreign), None)
         self._figures = msgspec.structs.replace(
             self._figures,
             sets=len(sets),
@@ -544,7 +565,7 @@ def back_up_before_upgrade(
     if not written_by or written_by == __version__:
         return
     now_ms = Clock().now_ms()
-    made = next((found for found in list_sets(settings.data_dir) if found.manifest is not None), None)
+    made = next(iter(own_sets(settings.data_dir)), None)
     if made is not None and made.manifest is not None and made.manifest.reason == UPGRADE:
         age_ms = now_ms - at_of(made)
     else:
@@ -636,6 +657,7 @@ def _write_stopped(
                     reason=reason,
                     seq=max(manifest.snapshot_seq, reached),
                     snapshot_seq=manifest.snapshot_seq,
+                    lineage=manifest.lineage,
                     archived_seq=manifest.snapshot_seq if archived_seq is None else archived_seq,
                     counts=counts,
                 )
@@ -697,6 +719,7 @@ def infos_of(sets: list[BackupSet]) -> list[BackupInfo]:
                 encrypted=manifest is not None and manifest.encrypted,
                 proved=None if proof is None or manifest is None else proof.ok,
                 proved_at="" if proof is None else proof.at,
+                foreign=found.is_foreign,
                 problem=found.damage or ("" if proof is None else proof.reason),
             )
         )

@@ -29,7 +29,7 @@ import msgspec
 
 from holdfast.care.packing import PACKED, SEALED, Seal, Unreadable, seal_for, unpack
 from holdfast.disk.files import Directory
-from holdfast.disk.snapshot import MANIFEST, Manifest
+from holdfast.disk.snapshot import MANIFEST, Manifest, lineage_of
 from holdfast.errors import DataRefused
 
 SET_FORMAT = 1
@@ -80,6 +80,7 @@ class SetManifest(msgspec.Struct, frozen=True):
         reason: why it was made: daily, api, command, restore, import, migration, upgrade, mend.
         seq: everything up to here is in it, and nothing beyond.
         snapshot_seq, archived_seq: where its snapshots and its archive stand; the journal in it has what lies between.
+        lineage: of the data directory in it; empty in sets of early versions.
         encrypted: whether its files are.
         counts: records by collection, ``messages``, and ``days`` of sales, as its snapshots and its archive have them; the
             events in its journal are not in these.
@@ -95,6 +96,7 @@ class SetManifest(msgspec.Struct, frozen=True):
     seq: int = 0
     snapshot_seq: int = 0
     archived_seq: int = 0
+    lineage: str = ""
     encrypted: bool = False
     counts: dict[str, int] = {}
     files: dict[str, StoredFile] = {}
@@ -131,12 +133,17 @@ class BackupSet(NamedTuple):
         manifest: None when it cannot be read.
         damage: why it cannot; empty when it can.
         proof: None when it was never proved.
+        is_foreign: it is of another data directory, whose seqs mean something else: somebody has laid it there, and it is
+            used for what names it only.
+        is_newer: a newer Holdfast wrote it, which will know what to do with it.
     """
 
     path: Path
     manifest: SetManifest | None
     damage: str
     proof: Proof | None
+    is_foreign: bool = False
+    is_newer: bool = False
 
     @property
     def name(self) -> str:
@@ -156,7 +163,23 @@ class BackupSet(NamedTuple):
 
 def list_sets(data_dir: Path) -> list[BackupSet]:
     """The sets of the directory *data_dir*, newest first; those that cannot be read say why."""
-    return list_sets_in(data_dir / BACKUPS)
+    sets = list_sets_in(data_dir / BACKUPS)
+    return marked(sets, lineage_of(data_dir)) if sets else []
+
+
+def own_sets(data_dir: Path) -> list[BackupSet]:
+    """Those of ``list_sets`` that can be read and are of this directory."""
+    return [found for found in list_sets(data_dir) if found.manifest is not None and not found.is_foreign]
+
+
+def marked(sets: Iterable[BackupSet], lineage: str) -> list[BackupSet]:
+    """The *sets* as seen by the directory of that *lineage*; what is of none, or seen by none, is no stranger."""
+    return [
+        found._replace(
+            is_foreign=bool(lineage and found.manifest and found.manifest.lineage not in ("", lineage)),
+        )
+        for found in sets
+    ]
 
 
 def list_sets_in(place: Path) -> list[BackupSet]:
@@ -172,13 +195,13 @@ def read_set(path: Path) -> BackupSet:
     """The set in the directory *path*, whatever state it is in; its files are not looked at."""
     try:
         with Directory(path) as directory:
+            proof = _read_proof(directory)
             try:
-                manifest, damage = decode_set_manifest(directory.read(SET_FILE)), ""
+                return BackupSet(path, decode_set_manifest(directory.read(SET_FILE)), "", proof)
             except (OSError, ValueError) as error:
-                manifest, damage = None, f"{SET_FILE}: {getattr(error, 'strerror', None) or error}"
+                return BackupSet(path, None, f"{SET_FILE}: {getattr(error, 'strerror', None) or error}", proof)
             except DataRefused as error:
-                manifest, damage = None, str(error)
-            return BackupSet(path, manifest, damage, _read_proof(directory))
+                return BackupSet(path, None, str(error), proof, is_newer=True)
     except OSError as error:
         return BackupSet(path, None, error.strerror or str(error), None)
 

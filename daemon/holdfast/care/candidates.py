@@ -18,7 +18,7 @@ from holdfast import record
 from holdfast.archive.place import ARCHIVE
 from holdfast.archive.sqlite_salvage import salvage as salvage_archive
 from holdfast.care import swap
-from holdfast.care.backup_set import BACKUPS, BackupSet, extract, list_sets
+from holdfast.care.backup_set import BACKUPS, BackupSet, extract, own_sets
 from holdfast.care.history import History
 from holdfast.care.packing import Seal
 from holdfast.care.rewind import SALES, collection_in, journal_of, state_of
@@ -77,9 +77,8 @@ class Backed:
 
     @cached_property
     def sets(self) -> list[BackupSet]:
-        """Those that can be read, the proved ones first, of each kind the newest first."""
-        readable = [found for found in list_sets(self._data_dir) if found.manifest is not None]
-        return sorted(readable, key=lambda found: not found.is_proved)[:SETS_MAX]
+        """Ours that can be read, the proved ones first, of each kind the newest first."""
+        return sorted(own_sets(self._data_dir), key=lambda found: not found.is_proved)[:SETS_MAX]
 
     def candidates(self, file: str, base_seq: int | None) -> Iterator[Candidate]:
         """What there is of *file*, which stood at *base_seq* (None when that is not known)."""

@@ -23,13 +23,16 @@ from holdfast.care.backup_set import (
     StoredFile,
     encode_set_manifest,
     list_sets,
+    marked,
+    own_sets,
     read_set,
     write_proof,
 )
 from holdfast.care.history import JOURNAL, PACKED_NAME
 from holdfast.care.store import SCHEME, CopyFailed, SourceDamaged, Stopped, Store, store_of
-from holdfast.clock import parse_ms
+from holdfast.clock import format_ms, parse_ms
 from holdfast.disk.files import Directory
+from holdfast.disk.snapshot import lineage_of
 from holdfast.errors import HoldfastError, NotFound, Unavailable
 from holdfast.settings import Settings
 
@@ -116,6 +119,18 @@ class Copies:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def status(self) -> dict[str, Any] | None:
+        """How they stand, for people and monitors; None without a second place."""
+        state = self.state
+        if not self._settings().backups.copy_to:
+            return None
+        return {
+            "place": state.place,
+            "count": state.sets,
+            "newest_at": format_ms(state.newest_ms) if state.newest_ms else None,
+            "failure": state.failure,
+        }
+
     @property
     def complaint(self) -> str:
         """What an operator should do something about; empty when the newest copy is new enough."""
@@ -166,6 +181,7 @@ class Copies:
         store = store_of(settings)
         there = store.sets()
         self._check_mounted(backups.copy_to, there)
+        self._check_ours(backups.copy_to, there)
         self._know(there)
         if self._waited_s - self._tidied_s >= TIDY_EVERY_S:
             # Before anything is sent: what was left half done may be what fills the place.
@@ -188,6 +204,15 @@ class Copies:
             f"{self._data_dir / BACKUPS / NOTE_FILE}"
         )
 
+    def _check_ours(self, place: str, there: list[BackupSet]) -> None:
+        """Another directory's events have the same numbers, and the older of its sets would have to make room for ours."""
+        strangers = [one.name for one in marked(there, lineage_of(self._data_dir)) if one.is_foreign]
+        if strangers:
+            raise CopyFailed(
+                f"expected a place for this data directory alone, found {strangers[0]} of another one in {place}; "
+                "name a place of its own in backups.copy_to, or, after a loss, restore from what is there first"
+            )
+
     def _note_place(self, place: str, there: list[BackupSet]) -> None:
         noted = place if there and not place.startswith(SCHEME) else ""
         if noted != _noted_place(self._data_dir):
@@ -208,7 +233,7 @@ class Copies:
         """Send what is missing, the newest first; the sets that are there then, newest first, and why one was not sent."""
         damaged: SourceDamaged | None = None
         known = {one.name: one for one in there if one.manifest is not None}
-        here = {one.name: one for one in list_sets(self._data_dir) if one.manifest is not None}
+        here = {one.name: one for one in own_sets(self._data_dir)}
         wanted = sorted({*known, *here}, reverse=True)[:keep]
         for name in wanted:
             one = here.get(name)

@@ -43,6 +43,8 @@ from holdfast.disk.snapshot import (
     MANIFEST_NEXT,
     Manifest,
     encode_manifest,
+    lineage_of,
+    new_lineage,
     read_manifest,
 )
 from holdfast.engine import Engine, rules_of
@@ -208,7 +210,9 @@ def choose(
     sets = list_sets(data_dir)
     if not sets:
         raise NotFound(f"no backup in {data_dir / BACKUPS}; make one with `holdfast backup`")
-    named = None if name is None else _named(sets, name)
+    # A machine that was set up anew has none of its own before those of the lost one are restored.
+    sets = [found for found in sets if not found.is_foreign] or sets
+    named = None if name is None else _named(list_sets(data_dir) if name != LATEST else sets, name)
     if at_ms is None:
         found = named if named is not None else _named(sets, LATEST)
         manifest = found.manifest
@@ -216,6 +220,11 @@ def choose(
         return Target(found, manifest.seq, parse_ms(manifest.at), False)
     if at_ms > now_ms:
         raise BadRequest(f"expected a moment that is over, found {format_ms(at_ms)}; now it is {format_ms(now_ms)}")
+    if named is not None and named not in sets:
+        raise BadRequest(
+            f"backup {named.name} is of another data directory, whose moments are not reached from here: restore it as it "
+            "is, without --at"
+        )
     readable = [found for found in ([named] if named else sets) if found.manifest is not None]
     damage: SetDamaged | None = None
     for found in readable:
@@ -691,8 +700,9 @@ def last_seq_of(data_dir: Path, target: Target | None = None) -> int:
     return max(found)
 
 
-def rebase(staging: Directory, seq: int) -> None:
-    """Give the state in *staging* the place *seq* in time: as if it had become so by that event; errors as ``write_atomic``."""
+def rebase(staging: Directory, seq: int, lineage: str) -> None:
+    """Give the state in *staging* the place *seq* in time, in the life of the directory of that *lineage*: as if it had
+    become so by that event; errors as ``write_atomic``."""
     archive = open_sqlite(staging.path / ARCHIVE)
     try:
         archive.apply([], seq)
@@ -706,7 +716,7 @@ def rebase(staging: Directory, seq: int) -> None:
         journal.write_atomic(segment_name(seq + 1), ())
     manifest = read_manifest(staging, MANIFEST)
     assert manifest is not None, "a prepared state has a manifest"
-    manifest = msgspec.structs.replace(manifest, snapshot_seq=seq)
+    manifest = msgspec.structs.replace(manifest, snapshot_seq=seq, lineage=lineage)
     staging.write_atomic(MANIFEST, [encode_manifest(manifest)])
     for companion in _ARCHIVE_COMPANIONS:
         staging.remove(ARCHIVE + companion)
@@ -723,12 +733,14 @@ def take_place(
     Raises:
         StorageFull, OSError: before the swap is decided, with the present as it was; or later, and the next start goes on.
     """
+    assert target.found.manifest is not None
     with Directory(data_dir) as data:
-        if keeps_history:
+        if keeps_history and not target.found.is_foreign:
             keep_history(data, writing_seal(seal))
         seq = last_seq_of(data_dir, target) + 1
         with data.subdirectory(swap.STAGING) as staging:
-            rebase(staging, seq)
+            # Of another directory: that one lives on here, and the present is what is foreign to it from now on.
+            rebase(staging, seq, target.found.manifest.lineage or lineage_of(data_dir))
         _note_restored(data, _Restored(seq, format_ms(now_ms), target.found.name))
         intent = swap.Intent(
             source=target.found.name,
@@ -859,6 +871,11 @@ def restore_beside(
             assert target.found.manifest is not None
             tokens = [name for name, one in target.found.manifest.files.items() if one.kind == "tokens"]
             extract(target.found, tokens, directory, seal)
+            # From here on both go their own ways, and give the same seqs to different events.
+            manifest = read_manifest(directory, MANIFEST)
+            assert manifest is not None
+            manifest = msgspec.structs.replace(manifest, lineage=new_lineage())
+            directory.write_atomic(MANIFEST, [encode_manifest(manifest)])
         return prove_state(into, prepared.counts)
     except BaseException:
         for path in into.iterdir():

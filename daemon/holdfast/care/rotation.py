@@ -24,10 +24,11 @@ def at_of(found: BackupSet) -> int:
 
 
 def is_good(found: BackupSet) -> bool:
-    """Whether one may count on the set: it can be read, no proof of it has failed, and nothing could not be had."""
+    """Whether one may count on the set: it is ours and can be read, no proof of it has failed, and nothing could not be had."""
     manifest = found.manifest
     return (
         manifest is not None
+        and not found.is_foreign
         and (found.proof is None or found.proof.ok)
         # Made while the archive could not be read: worth having, but no reason to let go of one with all messages.
         and (ARCHIVE in manifest.files or not manifest.counts.get("conversations"))
@@ -49,7 +50,7 @@ def stale(sets: Sequence[BackupSet], wanted: BackupSettings, now_ms: int) -> lis
     What always stays: the newest set that was proved; the newest proved one that is as old as ``pitr``, since every later
     moment is restored from it. A set that cannot be read or failed its proof counts for nothing, and goes when enough good
     ones are newer. Those from before restores are counted apart: whoever puts one record after the other back must not lose
-    the sets that they come from.
+    the sets that they come from. Sets of another directory, and of a newer Holdfast, are not ours to remove.
     """
     good = [found for found in sets if is_good(found)]
     before_restores = [found for found in good if found.manifest is not None and found.manifest.reason == "restore"]
@@ -70,7 +71,7 @@ def stale(sets: Sequence[BackupSet], wanted: BackupSettings, now_ms: int) -> lis
     else:
         last = good[wanted.keep - 1].name
         kept |= {found.name for found in sets if found.name > last}
-    return [found for found in reversed(sets) if found.name not in kept]
+    return [found for found in reversed(sets) if found.name not in kept and not found.is_foreign and not found.is_newer]
 
 
 def base_of(sets: Sequence[BackupSet], pitr_s: float, now_ms: int) -> BackupSet | None:

@@ -19,7 +19,7 @@ from holdfast.archive.place import ARCHIVE
 from holdfast.archive.sqlite_file import HEADER_BYTES, schema_version
 from holdfast.care import swap
 from holdfast.care.backup import back_up_stopped
-from holdfast.care.backup_set import BackupSet, list_sets, read_set
+from holdfast.care.backup_set import BackupSet, own_sets, read_set
 from holdfast.care.history import JOURNAL, History
 from holdfast.care.set_writer import digest_of, read_pieces
 from holdfast.care.swap import STAGING, Intent
@@ -291,7 +291,7 @@ def _back_up(
     """The backup from which one could go back, made now or by an earlier try that was broken off."""
     present = _manifest_of(data)
     last_seq = max([part.last_seq for part in History(data.path).parts() if not part.is_packed], default=0)
-    for found in list_sets(data.path)[:1]:
+    for found in own_sets(data.path)[:1]:
         made = found.manifest
         if (
             made is not None
@@ -383,7 +383,7 @@ def check_downgrade(data_dir: Path, to: str, releases: dict[str, Release] = RELE
         raise DataRefused(f"{data_dir} cannot be read: {error.strerror}; name the data directory") from error
     backups = [
         found.name
-        for found in list_sets(data_dir)
+        for found in own_sets(data_dir)
         if found.is_proved and found.manifest is not None and found.manifest.data_format <= release.format
     ]
     return DowngradeReport(to=to, obstacles=obstacles, backups=backups)

@@ -1037,19 +1037,26 @@ class _Verification:
             self._progress(f"looking at backup {found.name}")
             problems += self._set_problems(found, known)
         yield from problems
-        sound = [found for found in sets if found.manifest is not None]
+        sound = [found for found in sets if found.manifest is not None and not found.is_foreign]
+        if strangers := [found.name for found in sets if found.is_foreign]:
+            yield Finding(
+                severity="notice",
+                part="backups",
+                found=f"{_many(len(strangers), 'set')} of another data directory: {', '.join(strangers)}",
+                action="nothing: what is there is used when it is named, and never removed",
+            )
         if not sets:
             yield Finding(severity="notice", part="backups", found="there is none yet", action="run `holdfast backup`")
             return
-        proved = sum(found.is_proved for found in sets)
+        proved = sum(found.is_proved for found in sound)
         if not proved:
             yield a_warning("backups", "a backup that was proved", "none", "run `holdfast backup`")
         if not problems:
             yield Finding(
                 severity="ok",
                 part="backups",
-                found=f"{_many(len(sound), 'set')}, {proved} of them proved, the newest {sets[0].name} at event "
-                f"{sets[0].manifest.seq if sets[0].manifest else 0}",
+                found=f"{_many(len(sound), 'set')}, {proved} of them proved, the newest {sound[0].name} at event "
+                f"{sound[0].manifest.seq if sound[0].manifest else 0}",
             )
 
     def _set_problems(self, found: BackupSet, known: dict[tuple[int, int], str]) -> Iterator[Finding]:

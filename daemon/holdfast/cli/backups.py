@@ -135,6 +135,8 @@ def _row(info: BackupInfo) -> list[str]:
     elif info.problem:
         # A set that is encrypted for keys that are not here: all that can be checked of it is.
         proved = info.problem if info.proved else f"{proved}: {info.problem}"
+    if info.foreign:
+        proved += ", of another data directory"
     return [
         info.name,
         readable_span(max(0.0, time.time() - parse_ms(info.at) / 1000)) if info.at else "-",

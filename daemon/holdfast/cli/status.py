@@ -22,6 +22,7 @@ from holdfast.cli.show import (
     readable_span,
     styled,
 )
+from holdfast.clock import parse_ms
 from holdfast.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ _TITLES = {
     "snapshot_bytes": "snapshots",
     "last_flush": "last flush",
 }
-_SHOWN_OTHERWISE = ("state", "degraded", "journal_segments", "disk", "parts")
+_SHOWN_OTHERWISE = ("state", "degraded", "journal_segments", "backups", "copies", "disk", "parts")
 
 
 class Row(NamedTuple):
@@ -153,7 +154,40 @@ def rows(status: dict[str, Any], rate: float | None = None) -> list[Row]:
     shown += [Row(title, _readable(name, status[name], status)) for name, title in _TITLES.items() if name in status]
     others = {name: value for name, value in status.items() if name not in (*_TITLES, *_SHOWN_OTHERWISE)}
     shown += [Row(name, _readable(name, value, status)) for name, value in _flat(others)]
+    shown += [*_backup_rows(status.get("backups")), *_copy_rows(status.get("copies"))]
     return shown + list(_disk_rows(status.get("disk") or {})) + list(_part_rows(status.get("parts") or {}))
+
+
+def _backup_rows(backups: dict[str, Any] | None) -> Iterator[Row]:
+    """How many there are, how old the newest is, and whether everything could be loaded from it."""
+    if backups is None:
+        return
+    if backups["newest_at"] is None:
+        yield Row("backups", "none yet")
+        return
+    proved = "proved" if backups["is_proved"] else "not proved"
+    yield Row(
+        "backups",
+        f"{backups['count']:,}, the newest {_age(backups['newest_at'])} old, {proved}",
+        None if backups["is_proved"] else _BAD,
+    )
+
+
+def _copy_rows(copies: dict[str, Any] | None) -> Iterator[Row]:
+    if copies is None:
+        return
+    newest = (
+        "none yet"
+        if copies["newest_at"] is None
+        else f"{copies['count']:,}, the newest {_age(copies['newest_at'])} old"
+    )
+    yield Row("backup copies", f"{newest}, in {copies['place']}")
+    if copies["failure"]:
+        yield Row("backup copies", copies["failure"], _BAD)
+
+
+def _age(at: str) -> str:
+    return readable_span(max(0.0, time.time() - parse_ms(at) / 1000))
 
 
 def _disk_rows(disk: dict[str, Any]) -> Iterator[Row]:

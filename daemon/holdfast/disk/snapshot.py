@@ -13,8 +13,11 @@ import json
 import math
 import os
 import re
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -62,6 +65,8 @@ class Manifest(msgspec.Struct, frozen=True):
         holdfast: version of the program that wrote it.
         at: when, ISO 8601.
         snapshot_seq: the files hold every event up to here.
+        lineage: whose seqs these are: 32 hex digits drawn with the first manifest, and kept for ever. Empty in those of
+            early versions.
         files: by name.
         checksum: in the file the CRC-32 of it with zeros in this place, 8 hex digits; here always the zeros.
     """
@@ -70,8 +75,23 @@ class Manifest(msgspec.Struct, frozen=True):
     holdfast: str = ""
     at: str = ""
     snapshot_seq: int = 0
+    lineage: str = ""
     files: dict[str, FileEntry] = {}
     checksum: str = _NO_CHECKSUM
+
+
+def new_lineage() -> str:
+    """One that no other directory has."""
+    return secrets.token_hex(16)
+
+
+def lineage_of(data_dir: Path) -> str:
+    """The lineage of the directory *data_dir*; empty when its manifest does not tell."""
+    for name in (MANIFEST, MANIFEST_NEXT):
+        with suppress(DataRefused, ValueError, OSError), Directory(data_dir) as data:
+            if (manifest := read_manifest(data, name)) is not None and manifest.lineage:
+                return manifest.lineage
+    return ""
 
 
 def entry_of(written: WrittenFile, records: int, seq: int) -> FileEntry:

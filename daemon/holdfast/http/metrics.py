@@ -120,7 +120,7 @@ class _HoldfastCollector(Collector):
         yield from _follower_metrics(gauges)
         yield from _health_metrics(gauges)
         yield from _space_metrics(self._engine.space)
-        yield from _backup_metrics(self._engine.backups.figures())
+        yield from _backup_metrics(self._engine.backups.figures(), self._engine.settings.backups.every)
         yield from _copy_metrics(self._engine.copies)
         yield from _verify_metrics(self._engine.measures)
         yield from _http_metrics(self._source)
@@ -308,12 +308,13 @@ def _space_metrics(watch: SpaceWatch) -> Iterator[Metric]:
     yield files
 
 
-def _backup_metrics(figures: BackupFigures) -> Iterator[Metric]:
+def _backup_metrics(figures: BackupFigures, every_s: float) -> Iterator[Metric]:
     yield _gauge(
         "last_backup_timestamp_seconds",
         "When the newest backup was taken, also by an earlier process, seconds since 1970; 0 when there is none.",
         figures.taken_ms / 1000,
     )
+    yield _gauge("backup_interval_seconds", "The setting backups.every.", every_s)
     yield _gauge("last_backup_succeeded", "0 when the last backup of this process failed, else 1.", figures.is_last_ok)
     yield _gauge(
         "last_backup_seconds", "What the last backup of this process took, with its proof.", figures.duration_s

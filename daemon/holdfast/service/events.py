@@ -49,6 +49,8 @@ EVENTS: dict[str, Event] = {
             "snapshot_bytes",
             "durability",
             "last_flush",
+            "backups",
+            "copies",
             "disk",
             "parts",
             "degraded",

@@ -407,6 +407,31 @@ class PartReport(msgspec.Struct, frozen=True):
     files: Count
 
 
+class BackupsReport(msgspec.Struct, frozen=True):
+    """How the backups stand.
+
+    Attributes:
+        count: how many there are, and *bytes* what they take.
+        newest_at: when the newest was made.
+        proved_at: when loading everything from the newest was tried last, and *is_proved* whether that went well.
+    """
+
+    count: Count
+    bytes: Count
+    newest_at: str | None
+    proved_at: str | None
+    is_proved: bool
+
+
+class CopiesReport(msgspec.Struct, frozen=True):
+    """How the copies of the backups at the second place stand; *failure* says why the last try failed."""
+
+    place: str
+    count: Count
+    newest_at: str | None
+    failure: str
+
+
 class StatusReport(msgspec.Struct, frozen=True):
     """Counts, seqs, sizes, uptime, last flush.
 
@@ -417,6 +442,7 @@ class StatusReport(msgspec.Struct, frozen=True):
         snapshot_seq: the snapshot files hold every change up to here.
         archived_seq: the archive holds every change of conversations up to here.
         collections: records in each custom collection.
+        copies: of the backups; null without a second place.
         parts: what each part of the data directory takes, looked at every few minutes.
         degraded: what is wrong with the data all the same.
     """
@@ -445,6 +471,8 @@ class StatusReport(msgspec.Struct, frozen=True):
     snapshot_bytes: Count
     durability: Durability
     last_flush: FlushReport | None
+    backups: BackupsReport
+    copies: CopiesReport | None
     disk: DiskReport
     parts: dict[str, PartReport]
     degraded: list[str]

@@ -73,6 +73,7 @@ async def backup(backend: Backend, request: Request) -> Reply:
                     "bytes": 52428,
                     "new_bytes": 10240,
                     "encrypted": False,
+                    "foreign": False,
                     "proved": True,
                     "proved_at": "2026-11-21T14:03:01.000Z",
                     "problem": "",

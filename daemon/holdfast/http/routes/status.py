@@ -97,6 +97,14 @@ async def index(backend: Backend, request: Request) -> Reply:
             "snapshot_bytes": 0,
             "durability": "always",
             "last_flush": None,
+            "backups": {
+                "count": 12,
+                "bytes": 73400320,
+                "newest_at": "2026-11-21T03:12:45.123Z",
+                "proved_at": "2026-11-21T03:12:46.871Z",
+                "is_proved": True,
+            },
+            "copies": None,
             "disk": {
                 "free_bytes": 21474836480,
                 "size_bytes": 53687091200,
