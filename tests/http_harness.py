@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import aiohttp
 import msgspec
 
-from holdfast.care.restore import RestorePlan, RestoreState, Target
+from holdfast.care.moments import Target
+from holdfast.care.restore import RestoreState
+from holdfast.care.restore_plan import RestorePlan
 from holdfast.care.seal import AgeSeal
 from holdfast.engine import Engine
 from holdfast.errors import SettingsError

@@ -525,11 +525,13 @@ def test_an_interrupted_wait_for_a_flush_blocks_no_later_one(tmp_path: Path, mon
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         with running(tmp_path) as engine:
-            with engine._flusher._running:
+
+            def flush_meanwhile(*_: object) -> None:
                 signal.setitimer(signal.ITIMER_REAL, 0.05)
                 with pytest.raises(KeyboardInterrupt):
                     engine.flush("api")
 
+            engine.hold_snapshots(flush_meanwhile)
             later = threading.Thread(target=engine.flush, args=("api",), daemon=True)
             later.start()
             later.join(ANSWER_S)

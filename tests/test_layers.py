@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "daemon" / "holdfast"
 
 LAYERS = [
-    {"errors", "clock", "checksum", "measures"},
+    {"errors", "clock", "checksum", "measures", "turns"},
     {"ops"},
     {"events", "settings", "values", "record"},
     {"core", "disk"},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.care import restore
+from holdfast.care import moments, restore, restore_plan
 from holdfast.care.backup import back_up_stopped, list_stopped
 from holdfast.care.backup_set import BACKUPS, SET_FILE, BackupSet, list_sets
 from holdfast.care.copies import Copies
@@ -53,8 +53,8 @@ def whole_restore(path: Path, name: str) -> None:
     """As the command, but that nothing is proved, which takes long."""
     now_ms = NOW_MS + 2 * HOUR_MS
     settings, history = settings_of(path), History(path)
-    target = restore.choose(path, None, name=name, at_ms=None, now_ms=now_ms, history=history)
-    plan, _ = restore.planned(settings, target, None, history, engine=None, now_ms=now_ms)
+    target = moments.choose(path, None, name=name, at_ms=None, now_ms=now_ms, history=history)
+    plan, _ = restore_plan.planned(settings, target, None, history, engine=None, now_ms=now_ms)
     restoring = restore.Restoring(settings, target, plan, None, log=Log())
     restoring.prepare()
     restoring.finish("", 0, now_ms, is_awaited=True)
@@ -85,9 +85,9 @@ def test_a_strange_backup_is_never_taken_unasked(tmp_path: Path):
     now_ms = NOW_MS + 2 * HOUR_MS
     history = History(path)
 
-    latest = restore.choose(path, None, name="latest", at_ms=None, now_ms=now_ms, history=history)
+    latest = moments.choose(path, None, name="latest", at_ms=None, now_ms=now_ms, history=history)
     with pytest.raises(BadRequest, match="of another data directory"):
-        restore.choose(path, None, name=strange.name, at_ms=now_ms - 1, now_ms=now_ms, history=history)
+        moments.choose(path, None, name=strange.name, at_ms=now_ms - 1, now_ms=now_ms, history=history)
     (path / "chat_sessions.json").write_bytes(b"\0" * 100)
 
     assert latest.found.name == ours.name
@@ -149,7 +149,7 @@ def test_a_directory_restored_beside_has_a_life_of_its_own(tmp_path: Path):
     live(path, "ours", 5)
     pack_set(path, NOW_MS)
     history = History(path)
-    target = restore.choose(path, None, name="latest", at_ms=None, now_ms=NOW_MS + HOUR_MS, history=history)
+    target = moments.choose(path, None, name="latest", at_ms=None, now_ms=NOW_MS + HOUR_MS, history=history)
 
     restore.restore_beside(target, beside, settings_of(path), None, history)
 

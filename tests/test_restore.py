@@ -14,14 +14,15 @@ import msgspec
 import orjson
 import pytest
 
-from holdfast.care import put_back, restore, swap
+from holdfast.care import moments, put_back, restore, restore_plan, swap
 from holdfast.care.backup import back_up_stopped
 from holdfast.care.backup_set import SET_FILE, BackupSet, SetDamaged, list_sets, read_set
 from holdfast.care.history import History, HistoryGap
 from holdfast.care.history_follower import PACK_AFTER_S
-from holdfast.care.restore import Target
+from holdfast.care.moments import Target
 from holdfast.care.rewind import state_of
 from holdfast.clock import Clock, format_ms
+from holdfast.core.rules import rules_of
 from holdfast.disk.files import Directory
 from holdfast.engine import Engine
 from holdfast.errors import BadRequest, DataRefused, Gone, NotFound, StorageFull
@@ -95,13 +96,13 @@ def directory(lived: Lived, tmp_path: Path) -> Lived:
 
 def target_at(lived: Lived, at_ms: int | None, name: str | None = None) -> Target:
     history = History(lived.path)
-    return restore.choose(lived.path, None, name=name, at_ms=at_ms, now_ms=lived.now_ms, history=history)
+    return moments.choose(lived.path, None, name=name, at_ms=at_ms, now_ms=lived.now_ms, history=history)
 
 
 def restored(lived: Lived, target: Target) -> restore.RestoreReport:
     """Go back to *target* as the command does on a stopped directory, but that its backups are not proved, which takes long."""
     settings = settings_of(lived.path)
-    plan, _ = restore.planned(settings, target, None, History(lived.path), engine=None, now_ms=lived.now_ms)
+    plan, _ = restore_plan.planned(settings, target, None, History(lived.path), engine=None, now_ms=lived.now_ms)
     restoring = restore.Restoring(settings, target, plan, None, log=Log())
     restoring.prepare()
     report = restoring.finish("", 0, lived.now_ms, is_awaited=True)
@@ -141,7 +142,7 @@ def test_the_state_of_a_moment_is_had_without_writing(lived: Lived):
     )
 
     for name in ("sessions", "users", "notes", "orders"):
-        found = {one.id: (one.version, orjson.loads(one.value)) for one in restore.records_in(state, name)}
+        found = {one.id: (one.version, orjson.loads(one.value)) for one in restore_plan.records_in(state, name)}
         wanted = dict(moment.seen[name])
         assert found == {
             id: wanted[id] for id in wanted if name != "orders" or id not in moment.seen["completed_orders"]
@@ -213,7 +214,7 @@ def test_old_sessions_come_back_and_are_told(directory: Lived):
     later = directory._replace(now_ms=directory.now_ms + 48 * 3600 * 1000)
     target = target_at(later, directory.moments[0].at_ms)
 
-    plan, _ = restore.planned(
+    plan, _ = restore_plan.planned(
         settings_of(later.path), target, None, History(later.path), engine=None, now_ms=later.now_ms
     )
     report = restored(later, target)
@@ -225,7 +226,7 @@ def test_a_plan_counts_what_would_change(lived: Lived):
     """Each collection with its records now and then, what is added, changed and removed, and how old they are."""
     moment, last = lived.moments[4], lived.moments[-1]
 
-    plan, _ = restore.planned(
+    plan, _ = restore_plan.planned(
         settings_of(lived.path),
         target_at(lived, moment.at_ms),
         None,
@@ -304,7 +305,9 @@ def test_a_moment_since_a_restore_is_never_the_state_before_it(directory: Lived)
     """Without a backup of the restored state, nor any event since, it is refused; the next look takes that backup."""
     settings, first = settings_of(directory.path), directory.moments[3]
     target = target_at(directory, first.at_ms)
-    plan, _ = restore.planned(settings, target, None, History(directory.path), engine=None, now_ms=directory.now_ms)
+    plan, _ = restore_plan.planned(
+        settings, target, None, History(directory.path), engine=None, now_ms=directory.now_ms
+    )
     restoring = restore.Restoring(settings, target, plan, None, log=Log())
     restoring.prepare()
     restoring.finish("", 0, directory.now_ms, is_awaited=True)
@@ -549,12 +552,12 @@ def test_an_intent_that_means_nothing_stops_the_start(directory: Lived, raw: byt
 
 def put_part_back(lived: Lived, engine: Engine, at_ms: int, part: put_back.Part) -> put_back.PartRestored:
     settings, history = settings_of(lived.path), History(lived.path)
-    target = restore.choose(lived.path, None, name=None, at_ms=at_ms, now_ms=engine.now_ms(), history=history)
-    _, then = restore.planned(
+    target = moments.choose(lived.path, None, name=None, at_ms=at_ms, now_ms=engine.now_ms(), history=history)
+    _, then = restore_plan.planned(
         settings, target, None, history, engine=engine, now_ms=engine.now_ms(), part=(part.collections, part.id)
     )
     messages = put_back.messages_from(target, lived.path, None, history)
-    return put_back.put_back(engine, part, then, restore.rules_for(settings), messages)
+    return put_back.put_back(engine, part, then, rules_of(settings), messages)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
-from zoneinfo import ZoneInfo
 
 import msgspec
 import orjson
@@ -31,7 +30,7 @@ from holdfast.core.collection import SHARDS
 from holdfast.core.conversations import Archived, Externals, external_ids, is_held
 from holdfast.core.decide import NOTHING_KNOWN, decide, decide_expiry
 from holdfast.core.event import Event, encode_event
-from holdfast.core.rules import Rules
+from holdfast.core.rules import Rules, rules_of
 from holdfast.core.sales import Sales, encode_sales
 from holdfast.core.state import (
     COMPLETED_ORDERS,
@@ -71,7 +70,6 @@ from holdfast.ops import (
 from holdfast.pages import Filter, page_of
 from holdfast.settings import Settings
 from holdfast.transcripts import Transcripts
-from holdfast.values import ValueLimits
 
 if TYPE_CHECKING:
     from holdfast.care.copies import Copies
@@ -1072,24 +1070,6 @@ class Engine:
         self.feed.refuse_in_child(self._refusal)
         if self._directory_lock is not None:
             self._directory_lock.abandon()
-
-
-def rules_of(settings: Settings, reserved_names: dict[str, str]) -> Rules:
-    """The part of *settings* that decisions depend on."""
-    limits = settings.limits
-    return Rules(
-        session_id_field=settings.sessions.id_field,
-        session_time_field=settings.sessions.time_field,
-        order_id_field=settings.orders.id_field,
-        session_ttl_ms=round(settings.sessions.ttl * 1000),
-        session_limits=ValueLimits(settings.sessions.max_bytes, limits.depth, limits.keys),
-        record_limits=ValueLimits(limits.record_bytes, limits.depth, limits.keys),
-        id_chars_max=limits.id_chars,
-        zone=ZoneInfo(settings.stats.timezone),
-        keep_days=settings.stats.keep_days,
-        message_limits=ValueLimits(limits.message_bytes, limits.depth, limits.keys),
-        reserved_names=reserved_names,
-    )
 
 
 class _ConfirmedClock:

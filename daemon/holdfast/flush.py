@@ -49,6 +49,7 @@ from holdfast.disk.snapshot import (
 )
 from holdfast.errors import HoldfastError
 from holdfast.ops import FlushReport
+from holdfast.turns import Turns
 
 T = TypeVar("T")
 
@@ -129,9 +130,8 @@ class Flusher:
         self._kept_edits: list[KeptEdit] = []
         self._clock = clock
         self._log = log
-        self._running = threading.Lock()
-        self._guard = threading.Lock()
-        self._next: _Run | None = None
+        # From the begin of a run on its picture may be taken; who comes later needs the one after it.
+        self._turns = Turns[FlushReport]()
 
     @property
     def snapshot_seq(self) -> int:
@@ -180,14 +180,14 @@ class Flusher:
         Raises:
             StorageFull, OSError: a flush was interrupted before, and what it left cannot be settled.
         """
-        with self._running:
+        with self._turns.running:
             self._settle_interrupted()
             return use(self._manifest, self._directory)
 
     def distrust(self, names: Iterable[str]) -> None:
         """Have the next flush write the files *names* anew, whether their collections changed or not: somebody else, or the
         disk, changed what we wrote. What stands there is kept as evidence."""
-        with self._running:
+        with self._turns.running:
             doubtful = set(names)
             self._distrusted |= {name: entry for name, entry in self._manifest.files.items() if name in doubtful}
             files = {name: entry for name, entry in self._manifest.files.items() if name not in doubtful}
@@ -195,32 +195,7 @@ class Flusher:
 
     def flush(self, reason: str, committer: Committer, state: State) -> FlushReport:
         """Flush, or share the flush that waits for the running one; errors as ``Engine.flush``."""
-        with self._guard:
-            run = self._next
-            is_mine = run is None
-            if run is None:
-                run = self._next = _Run()
-        if is_mine:
-            try:
-                with self._running:
-                    with self._guard:
-                        # From here on its picture may be taken; who comes later needs the one after it.
-                        self._next = None
-                    run.report = self._flush(reason, committer, state)
-            except BaseException as error:
-                run.error = error
-            finally:
-                with self._guard:
-                    # Still so when the wait for the running flush was broken off, by a KeyboardInterrupt.
-                    if self._next is run:
-                        self._next = None
-                run.done.set()
-        else:
-            run.done.wait()
-        if run.report is None:
-            assert run.error is not None
-            raise run.error
-        return run.report
+        return self._turns.take(lambda: self._flush(reason, committer, state))
 
     def _flush(self, reason: str, committer: Committer, state: State) -> FlushReport:
         started = self._clock.monotonic()
@@ -346,13 +321,13 @@ class Flusher:
 
     def take_kept_edits(self) -> list[KeptEdit]:
         """The edits that a flush has replaced and kept since this was asked last."""
-        with self._running:
+        with self._turns.running:
             taken, self._kept_edits = self._kept_edits, []
         return taken
 
     def edited(self) -> list[str]:
         """The files that are not as the last flush left them, or as they were loaded."""
-        with self._running:
+        with self._turns.running:
             known = {name: (entry.bytes, entry.mtime_ns) for name, entry in self._manifest.files.items()}
             return [name for name, expected in (self._loaded | known).items() if self._signature(name) != expected]
 
@@ -430,13 +405,6 @@ class KeptEdit(NamedTuple):
     name: str
     place: Path
     entry: FileEntry
-
-
-class _Run:
-    def __init__(self) -> None:
-        self.report: FlushReport | None = None
-        self.error: BaseException | None = None
-        self.done = threading.Event()
 
 
 class _Counter:

@@ -29,7 +29,7 @@ from holdfast.clock import Clock, format_ms, parse_ms
 from holdfast.core.collection import Collection
 from holdfast.core.decide import decide_expiry, due_ms
 from holdfast.core.event import decode_event
-from holdfast.core.rules import Rules
+from holdfast.core.rules import Rules, rules_of
 from holdfast.core.sales import Sales, decode_sales, oldest_day
 from holdfast.core.state import (
     BUILT_IN,
@@ -55,7 +55,7 @@ from holdfast.disk.snapshot import (
     read_manifest,
     salvage,
 )
-from holdfast.engine import Engine, rules_of
+from holdfast.engine import Engine
 from holdfast.errors import DataRefused, HoldfastError, Unavailable
 from holdfast.flush import SALES_FILE, Flusher, file_of
 from holdfast.load import SCHEDULED, Counts, load_foreign, load_trusted, schedule_bookkeeping
@@ -181,7 +181,7 @@ class _Recovery:
         self._log = log
         self._started = clock.monotonic()
         self._now_ms = clock.now_ms()
-        self._rules: Rules = rules_of(settings, {})
+        self._rules: Rules = rules_of(settings)
         self._state = State(self._rules.session_ttl_ms)
         if settings.mirror:
             self._state.backlog.touched = {}

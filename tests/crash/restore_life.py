@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from holdfast.care import restore
+from holdfast.care import moments, restore, restore_plan
 from holdfast.care.history import History
 from holdfast.disk.files import DirectoryLock
 from tests.engine_harness import Log
@@ -20,8 +20,8 @@ def main(data_dir: Path, backup: str, now_ms: int) -> None:
     settings = settings_of(data_dir)
     lock = DirectoryLock(data_dir)
     history = History(data_dir)
-    target = restore.choose(data_dir, None, name=backup, at_ms=None, now_ms=now_ms, history=history)
-    plan, _ = restore.planned(settings, target, None, history, engine=None, now_ms=now_ms)
+    target = moments.choose(data_dir, None, name=backup, at_ms=None, now_ms=now_ms, history=history)
+    plan, _ = restore_plan.planned(settings, target, None, history, engine=None, now_ms=now_ms)
     restoring = restore.Restoring(settings, target, plan, None, log=Log())
     restoring.prepare()
     restoring.finish("", 0, now_ms, is_awaited=True)

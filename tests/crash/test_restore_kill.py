@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import orjson
 import pytest
 
-from holdfast.care import restore, swap
+from holdfast.care import moments, restore, restore_plan, swap
 from holdfast.care.backup_set import list_sets
 from holdfast.care.history import History
 from holdfast.ops import Message, MessageAppend, SessionPut
@@ -136,7 +136,7 @@ def test_killed_at_every_call_of_a_restore(lived: Lived, tmp_path: Path, capsys:
 def _assert_reaches(lived: Lived, data_dir: Path, name: str, into: Path) -> None:
     """The set *name* gives the present of before."""
     history = History(data_dir)
-    target = restore.choose(data_dir, None, name=name, at_ms=None, now_ms=4_000_000_000_000, history=history)
+    target = moments.choose(data_dir, None, name=name, at_ms=None, now_ms=4_000_000_000_000, history=history)
     shutil.rmtree(into, ignore_errors=True)
     restore.restore_beside(target, into, settings_of(data_dir), None, history)
     engine = opened(into, clock=HandClock(lived.now_ms))
@@ -179,8 +179,8 @@ def test_the_drill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         if spoilt.name not in ("backups", "holdfast.lock"):
             shutil.rmtree(spoilt) if spoilt.is_dir() else spoilt.write_bytes(b"\0" * 1_000)
     settings, history, now_ms = settings_of(path), History(path), 4_000_000_000_000
-    target = restore.choose(path, None, name=made.name, at_ms=None, now_ms=now_ms, history=history)
-    plan, _ = restore.planned(settings, target, None, history, engine=None, now_ms=clock.now_ms())
+    target = moments.choose(path, None, name=made.name, at_ms=None, now_ms=now_ms, history=history)
+    plan, _ = restore_plan.planned(settings, target, None, history, engine=None, now_ms=clock.now_ms())
     started = time.monotonic()
     done = restore.restore_stopped(settings, target, plan, None, now_ms=now_ms, log=Log())
     took_s = time.monotonic() - started

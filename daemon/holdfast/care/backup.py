@@ -33,6 +33,7 @@ from holdfast.care.backup_set import (
 )
 from holdfast.care.history import JOURNAL, History, HistoryGap
 from holdfast.care.history_follower import HistoryFollower, history_of
+from holdfast.care.moments import note_put_back, restored_seqs
 from holdfast.care.packer import Wanted, add_files
 from holdfast.care.packing import Seal
 from holdfast.care.prover import Unproved, prove_apart, shown
@@ -50,6 +51,7 @@ from holdfast.flush import FILE_OF, SALES_FILE, Flusher
 from holdfast.measures import BackupFigures
 from holdfast.ops import BackupInfo, BackupList, BackupReport
 from holdfast.settings import Settings
+from holdfast.turns import Turns
 
 CHECK_EVERY_S = 60.0
 """How often it is looked whether a backup or a proof is due, and how long after the start first."""
@@ -124,9 +126,7 @@ class Backups:
         self._since_ms = clock.now_ms()
         self._cancelled = threading.Event()
         # While a set is written, proved, or removed.
-        self._running = threading.Lock()
-        self._guard = threading.Lock()
-        self._next: _Run | None = None
+        self._turns = Turns[BackupReport]()
         self._tried_at: float | None = None
         self._figures = BackupFigures()
         self.history = HistoryFollower(
@@ -154,30 +154,7 @@ class Backups:
             StorageFull, OSError: there is no new set; those that are there stay.
             Unavailable: stopping.
         """
-        with self._guard:
-            run = self._next
-            is_mine = run is None
-            if run is None:
-                run = self._next = _Run()
-        if is_mine:
-            try:
-                with self._running:
-                    with self._guard:
-                        self._next = None
-                    run.report = self._take(reason, progress or (lambda text: None))
-            except BaseException as error:
-                run.error = error
-            finally:
-                with self._guard:
-                    if self._next is run:
-                        self._next = None
-                run.done.set()
-        else:
-            run.done.wait()
-        if run.report is None:
-            assert run.error is not None
-            raise run.error
-        return run.report
+        return self._turns.take(lambda: self._take(reason, progress or (lambda text: None)))
 
     def run_when_due(self) -> None:
         """Take the daily backup, or prove the newest one again, when it is time; what fails is told in the log."""
@@ -203,7 +180,7 @@ class Backups:
             Unavailable: stopping.
         """
         if not shared:
-            with self._running:
+            with self._turns.running:
                 return self.prove(found, shared=True)
         self._tried_at = self._clock.monotonic()
         try:
@@ -251,7 +228,7 @@ class Backups:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """No backup is taken meanwhile; one under way is waited for."""
-        with self._running:
+        with self._turns.running:
             yield
 
     def cancel(self) -> None:
@@ -262,13 +239,11 @@ class Backups:
         """Break off what is under way, leaving nothing half made; further backups are refused. May be called twice."""
         self._cancelled.set()
         self.history.close()
-        with self._running:
+        with self._turns.running:
             pass
 
     def _is_due(self, sets: list[BackupSet], every_s: float, now_ms: int) -> bool:
         """Whether it is time for another backup; *sets* are those that can be read, newest first."""
-        from holdfast.care.restore import restored_seqs  # which knows of us
-
         if self.is_wanted or not sets or sets[0].manifest is None:
             return True
         age_s = (now_ms - at_of(sets[0])) / 1000
@@ -467,8 +442,6 @@ class Backups:
 
     def _note_newer(self, sets: list[BackupSet]) -> None:
         """Tell when the backups know of later events than there are: the directory was put back from an older copy."""
-        from holdfast.care.restore import note_put_back  # which knows of us
-
         present_seq = self._source.seq()
         newest_seq = max([self.history.newest_packed(), *(found.manifest.seq for found in sets if found.manifest)])
         if newest_seq > present_seq:
@@ -509,13 +482,6 @@ class Backups:
     def _check_cancelled(self) -> None:
         if self._cancelled.is_set():
             raise Unavailable("stopping; take the backup when it is back")
-
-
-class _Run:
-    def __init__(self) -> None:
-        self.report: BackupReport | None = None
-        self.error: BaseException | None = None
-        self.done = threading.Event()
 
 
 class _Made(NamedTuple):

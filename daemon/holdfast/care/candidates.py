@@ -20,11 +20,13 @@ from holdfast.archive.sqlite_salvage import salvage as salvage_archive
 from holdfast.care import swap
 from holdfast.care.backup_set import BACKUPS, BackupSet, extract, own_sets
 from holdfast.care.history import History
+from holdfast.care.moments import left_at
 from holdfast.care.packing import Seal
 from holdfast.care.rewind import SALES, collection_in, journal_of, state_of
 from holdfast.care.seal import seal_of
 from holdfast.core.collection import Collection
 from holdfast.core.event import StoredMessage, decode_event
+from holdfast.core.rules import rules_of
 from holdfast.core.sales import Sales
 from holdfast.core.state import State
 from holdfast.disk.files import Directory
@@ -106,8 +108,6 @@ class Backed:
         """The state of the set brought on to *base_seq*, and whether that was possible."""
         assert found.manifest is not None
         wanted = {name}
-        from holdfast.care.restore import left_at
-
         is_ours = left_at(self._data_dir, found) is None
         if is_ours and base_seq is not None and base_seq >= found.manifest.snapshot_seq:
             with suppress(HoldfastError, OSError):
@@ -123,9 +123,7 @@ class Backed:
         """Files as they were before a start left records out."""
         if name == SALES:
             return
-        from holdfast.care.restore import rules_for
-
-        rules = rules_for(self._settings)
+        rules = rules_of(self._settings)
         backups = self._data_dir / BACKUPS
         with suppress(OSError):
             for place in sorted(os.listdir(backups), reverse=True):

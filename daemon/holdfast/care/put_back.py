@@ -21,8 +21,8 @@ from holdfast.archive.sqlite import open_sqlite
 from holdfast.care import swap
 from holdfast.care.backup_set import extract
 from holdfast.care.history import History
+from holdfast.care.moments import Target
 from holdfast.care.packing import Seal
-from holdfast.care.restore import Target
 from holdfast.care.rewind import SALES, collection_in, journal_of
 from holdfast.clock import format_ms
 from holdfast.core.conversations import KEPT_BY_US

@@ -10,35 +10,35 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
-from datetime import tzinfo
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-import orjson
 
-from holdfast import record
 from holdfast.archive.base import ArchiveDamaged, ArchiveError
 from holdfast.archive.place import ARCHIVE, COMPACTED, REBUILT
 from holdfast.archive.sqlite import open_sqlite
 from holdfast.care import swap
-from holdfast.care.backup_set import BACKUPS, BackupSet, SetDamaged, extract, list_sets
+from holdfast.care.backup import back_up_stopped
+from holdfast.care.backup_set import BACKUPS, SetDamaged, extract, list_sets
 from holdfast.care.history import JOURNAL, History, HistoryGap, at_of
+from holdfast.care.moments import (
+    Restored,
+    Target,
+    naming_another,
+    note_restored,
+)
 from holdfast.care.packing import PACKED, SEALED, Seal, pack
-from holdfast.care.rewind import SALES, collection_in, journal_of, present_of, state_of
+from holdfast.care.restore_plan import COMPARED, RestorePlan
+from holdfast.care.rewind import collection_in
 from holdfast.care.seal import AgeSeal, writing_seal
 from holdfast.checksum import crc32
-from holdfast.clock import format_ms, parse_ms
-from holdfast.core.decide import activity_ms
-from holdfast.core.rules import Rules
-from holdfast.core.sales import encode_sales
-from holdfast.core.state import COMPLETED_ORDERS, CONVERSATIONS, ESCALATIONS, ORDERS, SESSIONS, USERS, State
+from holdfast.clock import format_ms
 from holdfast.disk.files import Directory, prepare_directory
-from holdfast.disk.journal import JournalLine, encode_line, read_history, segment_name
+from holdfast.disk.journal import encode_line, read_history, segment_name
 from holdfast.disk.snapshot import (
-    FORMAT_VERSION,
     MANIFEST,
     MANIFEST_NEXT,
     Manifest,
@@ -47,17 +47,11 @@ from holdfast.disk.snapshot import (
     new_lineage,
     read_manifest,
 )
-from holdfast.engine import Engine, rules_of
-from holdfast.errors import BadRequest, DataRefused, HoldfastError, NotFound, StorageFull, Unavailable
+from holdfast.engine import Engine
+from holdfast.errors import BadRequest, DataRefused, HoldfastError, StorageFull, Unavailable
 from holdfast.flush import FILE_OF, SALES_FILE
-from holdfast.ops import Record
+from holdfast.recovery import open_engine
 from holdfast.settings import Settings
-
-LATEST = "latest"
-"""In the place of a set's name: the newest one that can be read."""
-
-COMPARED = (SESSIONS, ORDERS, COMPLETED_ORDERS, USERS, CONVERSATIONS, ESCALATIONS)
-"""The collections that a plan always shows; custom ones follow when they hold something."""
 
 ROOM_SHARE = 1.2
 """So many times the size of a set must be free to prepare it: its files are written anew by the recovery."""
@@ -65,78 +59,8 @@ ROOM_SHARE = 1.2
 ARCHIVE_WAIT_S = 600.0
 """The longest that the archive of a prepared state gets to catch up with its journal."""
 
-_ANOTHER = "; nothing was changed: choose another (`holdfast backups`)"
-
-RESTORES, RESTORES_MAX = "restores.json", 1_000
-"""In ``backups/``: the seqs that restored states have, which no event has; and how many of them are known."""
-
-_NAMES_SHOWN = 10
 _ARCHIVE_COMPANIONS = ("-wal", "-shm", "-journal")
 _MIRROR_STATE = "_mirror.json"
-
-
-class Target(NamedTuple):
-    """Where to go back to.
-
-    Attributes:
-        found: the set.
-        seq: the last event of the state.
-        at_ms: the moment, ms since 1970: the one that was asked for, or when the set was made.
-        is_moment: whether a moment was asked for.
-    """
-
-    found: BackupSet
-    seq: int
-    at_ms: int
-    is_moment: bool
-
-
-class RestoreRow(msgspec.Struct, frozen=True, kw_only=True):
-    """What a restore makes of one collection.
-
-    Attributes:
-        collection: its name; ``messages`` for those of all conversations.
-        now, then: how many there are, and will be.
-        added, changed, removed: of the present ones; messages are never changed.
-        oldest, newest: when the records that come back were last active or changed, ISO 8601; None when that is not known.
-    """
-
-    collection: str
-    now: int
-    then: int
-    added: int
-    changed: int
-    removed: int
-    oldest: str | None = None
-    newest: str | None = None
-
-    @property
-    def is_same(self) -> bool:
-        """Whether it stays as it is."""
-        return not (self.added or self.changed or self.removed)
-
-
-class RestorePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a restore would do.
-
-    Attributes:
-        backup: name of the set.
-        backup_at: when it was made; *at* is the moment of the state, both ISO 8601.
-        is_proved: whether all of the set was loaded once.
-        seq: the last event of that state.
-        rows: by collection.
-        expiring: sessions that are too old by now, and go with the next expiry.
-        has_other_sales: whether the sales figures change.
-    """
-
-    backup: str
-    backup_at: str
-    at: str
-    is_proved: bool
-    seq: int
-    rows: list[RestoreRow]
-    expiring: int = 0
-    has_other_sales: bool = False
 
 
 class RestoreProof(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,383 +117,6 @@ class RestoreState(msgspec.Struct, frozen=True, kw_only=True):
     report: RestoreReport | None = None
 
 
-# Where to go.
-
-
-def choose(
-    data_dir: Path, seal: AgeSeal | None, *, name: str | None, at_ms: int | None, now_ms: int, history: History
-) -> Target:
-    """The set *name* (or ``latest``), or the moment *at_ms*, reached from the set *name* or the best one there is.
-
-    Raises:
-        NotFound: there is no such set, or none at all.
-        BadRequest: the moment has not come yet, or lies before the oldest backup.
-        SetDamaged, DataRefused: the set cannot be read, or is of a newer Holdfast.
-        HistoryGap: what was at that moment cannot be told.
-    """
-    sets = list_sets(data_dir)
-    if not sets:
-        raise NotFound(f"no backup in {data_dir / BACKUPS}; make one with `holdfast backup`")
-    # A machine that was set up anew has none of its own before those of the lost one are restored.
-    sets = [found for found in sets if not found.is_foreign] or sets
-    named = None if name is None else _named(list_sets(data_dir) if name != LATEST else sets, name)
-    if at_ms is None:
-        found = named if named is not None else _named(sets, LATEST)
-        manifest = found.manifest
-        assert manifest is not None
-        return Target(found, manifest.seq, parse_ms(manifest.at), False)
-    if at_ms > now_ms:
-        raise BadRequest(f"expected a moment that is over, found {format_ms(at_ms)}; now it is {format_ms(now_ms)}")
-    if named is not None and named not in sets:
-        raise BadRequest(
-            f"backup {named.name} is of another data directory, whose moments are not reached from here: restore it as it "
-            "is, without --at"
-        )
-    readable = [found for found in ([named] if named else sets) if found.manifest is not None]
-    damage: SetDamaged | None = None
-    for found in readable:
-        assert found.manifest is not None
-        if parse_ms(found.manifest.at) > at_ms or found.manifest.data_format > FORMAT_VERSION:
-            continue
-        try:
-            last = _last_line(journal_of(found, seal))
-        except SetDamaged as error:
-            damage = damage or error
-            continue
-        if last is None or at_of(last.payload) <= at_ms:
-            seq = history.seq_at(at_ms, found.manifest.seq)
-            if (kept := left_at(data_dir, found, at_ms)) is not None:
-                raise HistoryGap(kept + 1, found.manifest.seq)
-            _check_next(data_dir, seq, at_ms, history, sets)
-            return Target(found, seq, at_ms, True)
-    if damage is not None:
-        raise damage
-    if not readable:
-        raise SetDamaged(f"none of the {len(sets)} backups can be read: {sets[0].name}: {sets[0].damage}")
-    oldest = min(parse_ms(found.manifest.at) for found in readable if found.manifest is not None)
-    raise BadRequest(
-        f"expected a moment from {format_ms(oldest + 1)} on, the oldest that a backup reaches, found {format_ms(at_ms)}"
-    )
-
-
-def left_at(data_dir: Path, found: BackupSet, at_ms: int | None = None) -> int | None:
-    """The last event that the set *found* shares with the history that was there at *at_ms* (None: now), when it has more
-    than that: the directory was put back from an older copy in between. None when it belongs to that history."""
-    assert found.manifest is not None
-    kept = [
-        one.kept
-        for one in _restored(data_dir)
-        if one.kept is not None
-        and one.kept < found.manifest.seq
-        and found.manifest.at <= one.at
-        and (at_ms is None or one.at <= format_ms(at_ms))
-    ]
-    return min(kept, default=None)
-
-
-def note_put_back(data: Directory, kept: int, now_ms: int) -> None:
-    """Keep that from now on other events follow the event *kept* than those that backups know of; errors as ``write_atomic``."""
-    _note_restored(data, _Restored(0, format_ms(now_ms), "", kept))
-
-
-def _check_next(data_dir: Path, seq: int, at_ms: int, history: History, sets: list[BackupSet]) -> None:
-    """Refuse the moment *at_ms* behind the event *seq* when events may be missing that happened before it.
-
-    Raises:
-        HistoryGap: the next one is nowhere, though something later is known of; or it is no event, but a state that was
-            restored before that moment.
-    """
-    parts = history.parts()
-    restored = {one.seq: one.at for one in _restored(data_dir)}
-    if any(part.first_seq <= seq + 1 <= part.last_seq for part in parts):
-        return
-    if seq + 1 in restored and restored[seq + 1] >= format_ms(at_ms):
-        return
-    later = [part.first_seq for part in parts if part.first_seq > seq]
-    later += [one.manifest.seq + 1 for one in sets if one.manifest is not None and one.manifest.seq > seq]
-    with suppress(ValueError, OSError), Directory(data_dir) as data:
-        if (manifest := read_manifest(data, MANIFEST)) is not None and manifest.snapshot_seq > seq:
-            later.append(manifest.snapshot_seq + 1)
-    if later:
-        raise HistoryGap(seq + 1, min(later) - 1)
-
-
-def restored_seqs(data_dir: Path) -> set[int]:
-    """The numbers that no event has, because a restored state took them."""
-    return {one.seq for one in _restored(data_dir)}
-
-
-def _restored(data_dir: Path) -> list[_Restored]:
-    try:
-        with Directory(data_dir / BACKUPS) as backups:
-            return msgspec.json.decode(backups.read(RESTORES), type=list[_Restored])
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return []
-
-
-class _Restored(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A line of ``restores.json``: which number was given to which state, and when; or that the data was put back from an
-    older copy, whose last event was *kept*."""
-
-    seq: int
-    at: str
-    source: str
-    kept: int | None = None
-
-
-def _note_restored(data: Directory, noted: _Restored) -> None:
-    """Keep that *noted*; before the swap, since a number too many there does no harm."""
-    with data.subdirectory(BACKUPS) as backups:
-        known: list[_Restored] = []
-        with suppress(OSError, msgspec.DecodeError, UnicodeDecodeError):
-            known = msgspec.json.decode(backups.read(RESTORES), type=list[_Restored])
-        lines = b",\n".join(msgspec.json.encode(one) for one in [*known, noted][-RESTORES_MAX:])
-        backups.write_atomic(RESTORES, [b"[\n", lines, b"\n]\n"])
-
-
-def _named(sets: list[BackupSet], name: str) -> BackupSet:
-    if name == LATEST:
-        found = next((one for one in sets if one.manifest is not None), sets[0])
-    else:
-        by_name = {one.name: one for one in sets}
-        if name not in by_name:
-            names = list(by_name)
-            shown = ", ".join(names[:_NAMES_SHOWN]) + (
-                f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-            )
-            raise NotFound(f"no backup {name!a:.80}; there are {shown}")
-        found = by_name[name]
-    if found.manifest is None:
-        raise SetDamaged(f"backup {found.name} cannot be read: {found.damage}{_ANOTHER}")
-    if found.manifest.data_format > FORMAT_VERSION:
-        raise DataRefused(
-            f"backup {found.name} holds data of format {found.manifest.data_format}, this Holdfast knows "
-            f"{FORMAT_VERSION}; install the newer version that wrote it"
-        )
-    return found
-
-
-def _last_line(lines: Iterable[JournalLine]) -> JournalLine | None:
-    last = None
-    for line in lines:
-        last = line
-    return last
-
-
-def moment_of(text: str, zone: tzinfo) -> int:
-    """The moment in *text*, ISO 8601, without an offset in *zone*; ms since 1970.
-
-    Raises:
-        BadRequest: it is none.
-    """
-    try:
-        return parse_ms(text, zone)
-    except (TypeError, ValueError, OverflowError):
-        raise BadRequest(f"expected a time in ISO 8601 such as 2026-11-21T14:03:00Z, found {text!a:.80}") from None
-
-
-# What would change.
-
-
-def records_in(state: State, collection: str) -> Iterator[Record]:
-    """All records of *collection* in *state*, which nobody changes."""
-    found = state.collections.get(collection)
-    for id in found or ():
-        assert found is not None
-        line = found.get(id)
-        if line is not None:
-            value, version = record.split(line)
-            yield Record(id, version, value)
-
-
-def plan(
-    target: Target,
-    then: State,
-    present: Callable[[str], Iterable[Record]],
-    custom: Iterable[str],
-    present_sales: bytes | None,
-    then_sales: bytes,
-    rules: Rules,
-    now_ms: int,
-) -> RestorePlan:
-    """What becomes of each collection when the state *then* takes the place of the *present*.
-
-    Args:
-        present: gives the records of a collection as they are now.
-        custom: names of the custom collections there are now.
-        present_sales, then_sales: the figures as in their file.
-    """
-    assert target.found.manifest is not None
-    names = [*COMPARED, *sorted({*custom, *(one.name for one in then.custom())})]
-    rows = []
-    for name in names:
-        row, counted = _row(name, then, present(name), rules)
-        rows.append(row)
-        if name == CONVERSATIONS:
-            now, was = counted
-            rows.append(
-                RestoreRow(
-                    collection="messages",
-                    now=now,
-                    then=was,
-                    added=max(0, was - now),
-                    changed=0,
-                    removed=max(0, now - was),
-                )
-            )
-    due = (now_ms - rules.session_ttl_ms, now_ms)
-    return RestorePlan(
-        backup=target.found.name,
-        backup_at=target.found.manifest.at,
-        at=format_ms(target.at_ms),
-        is_proved=target.found.is_proved,
-        seq=target.seq,
-        rows=rows,
-        expiring=sum(_is_over(line, rules, due) for line in map(then.sessions.get, then.sessions) if line is not None),
-        has_other_sales=present_sales != then_sales,
-    )
-
-
-@contextmanager
-def _naming_another() -> Iterator[None]:
-    """Says of a set that cannot be restored what to do."""
-    try:
-        yield
-    except SetDamaged as error:
-        raise SetDamaged(error.detail.removesuffix(_ANOTHER) + _ANOTHER) from error
-
-
-@_naming_another()
-def planned(
-    settings: Settings,
-    target: Target,
-    seal: AgeSeal | None,
-    history: History,
-    *,
-    engine: Engine | None,
-    now_ms: int,
-    part: tuple[tuple[str, ...], str | None] | None = None,
-) -> tuple[RestorePlan, State]:
-    """The plan, and the state that would come back; of the *engine*, or of the stopped directory. Blocks; changes nothing.
-
-    *part* are the collections, and perhaps the one record, that are to be put back; None means everything.
-
-    Raises:
-        SetDamaged, HistoryGap, DataRefused: what was at that moment cannot be had.
-        NotFound: the one record was not there then.
-    """
-    then = state_of(
-        target.found,
-        seal,
-        settings,
-        up_to_seq=target.seq,
-        history=history,
-        collections=None if part is None else {*part[0], SALES},
-    )
-    present: Callable[[str], Iterable[Record]]
-    if engine is not None:
-        present, custom, sales = engine.everything, engine.collection_names(), engine.sales()
-    else:
-        now = present_of(settings.data_dir, settings)
-        custom, sales = [one.name for one in now.custom()], encode_sales(now.sales)
-
-        def present(name: str) -> Iterable[Record]:
-            return records_in(now, name)
-
-    rules = rules_for(settings)
-    if part is None:
-        whole = plan(target, then, present, custom, sales, encode_sales(then.sales), rules, now_ms)
-        return whole, then
-    names, id = part
-    shown = then
-    if id is not None:
-        shown = State(rules.session_ttl_ms)
-        for name in names:
-            line = then.collections[name].get(id) if name in then.collections else None
-            if line is not None:
-                shown.collection(name).fill(id, line)
-        if not any(one.count for one in shown.collections.values()):
-            raise NotFound(
-                f"backup {target.found.name} has no {id!a:.80} among the {names[0]} of that moment; "
-                "name an older one (`holdfast backups`), or an earlier moment with --at"
-            )
-    elif names[0] not in {*COMPARED, *then.collections, *custom}:
-        raise NotFound(
-            f"neither backup {target.found.name} nor the present has a collection {names[0]!a:.80}; "
-            f"there are now: {', '.join([*COMPARED[:4], *custom])}"
-        )
-    rows = plan(
-        target,
-        shown,
-        lambda name: (one for one in present(name) if id is None or one.id == id) if name in names else iter(()),
-        [name for name in names if name not in COMPARED],
-        None,
-        b"",
-        rules,
-        now_ms,
-    )
-    return (
-        msgspec.structs.replace(
-            rows,
-            rows=[row for row in rows.rows if row.collection in names],
-            has_other_sales=False,
-            expiring=rows.expiring if SESSIONS in names else 0,
-        ),
-        then,
-    )
-
-
-def _row(name: str, then: State, present: Iterable[Record], rules: Rules) -> tuple[RestoreRow, tuple[int, int]]:
-    """The row of the collection *name*; of conversations also their messages now and then."""
-    found = then.collections.get(name)
-    now = same = changed = removed = messages_now = messages_then = 0
-    for one in present:
-        now += 1
-        if name == CONVERSATIONS:
-            messages_now += messages_in(one.value)
-        line = None if found is None else found.get(one.id)
-        if line is None:
-            removed += 1
-        elif record.value_of(line) == one.value:
-            same += 1
-        else:
-            changed += 1
-    oldest = newest = 0
-    for id in found or ():
-        assert found is not None
-        line = found.get(id)
-        if line is None:
-            continue
-        if name == CONVERSATIONS:
-            messages_then += messages_in(record.value_of(line))
-        at = activity_ms(line, rules) if name == SESSIONS else record.header_of(line).at
-        if at:
-            oldest, newest = min(oldest or at, at), max(newest, at)
-    count = 0 if found is None else found.count
-    row = RestoreRow(
-        collection=name,
-        now=now,
-        then=count,
-        added=count - same - changed,
-        changed=changed,
-        removed=removed,
-        oldest=format_ms(oldest) if oldest else None,
-        newest=format_ms(newest) if newest else None,
-    )
-    return row, (messages_now, messages_then)
-
-
-def messages_in(head: bytes) -> int:
-    """How many messages the conversation *head* says that it has."""
-    said = orjson.loads(head)
-    return int(said["message_count"]) + int(said["system_count"])
-
-
-def _is_over(line: bytes, rules: Rules, due: tuple[int, int]) -> bool:
-    ttl = record.header_of(line).ttl
-    return activity_ms(line, rules) <= (due[0] if ttl is None else due[1] - ttl)
-
-
 # Preparing.
 
 
@@ -585,7 +132,7 @@ class Prepared(NamedTuple):
     names: tuple[str, ...]
 
 
-@_naming_another()
+@naming_another()
 def prepare(
     target: Target,
     place: Path,
@@ -645,8 +192,6 @@ def _recover(
     target: Target, place: Path, settings: Settings, progress: Callable[[str], None], log: Any
 ) -> dict[str, int]:
     """Have a start's own code load, replay and write what stands in *place*; the counts of what it is."""
-    from holdfast.recovery import open_engine  # which completes what a restore has begun, and so knows of us
-
     staged = msgspec.structs.replace(settings, data_dir=place, mirror=False, recovery="strict", journal_keep=0)
     engine = open_engine(staged, progress=progress, log=log or _Silent(), drops_stale=False)
     try:
@@ -741,7 +286,7 @@ def take_place(
         with data.subdirectory(swap.STAGING) as staging:
             # Of another directory: that one lives on here, and the present is what is foreign to it from now on.
             rebase(staging, seq, target.found.manifest.lineage or lineage_of(data_dir))
-        _note_restored(data, _Restored(seq, format_ms(now_ms), target.found.name))
+        note_restored(data, Restored(seq, format_ms(now_ms), target.found.name))
         intent = swap.Intent(
             source=target.found.name,
             at=format_ms(now_ms),
@@ -952,8 +497,6 @@ class Restoring:
             DataRefused, StorageFull, OSError: before the swap is decided, with the present as it was; afterwards the
                 next start completes it.
         """
-        from holdfast.care.backup import back_up_stopped
-
         assert self.prepared is not None, "nothing was prepared"
         data_dir = self.settings.data_dir
         try:
@@ -1021,8 +564,6 @@ def restore_stopped(
     Raises:
         SetDamaged, HistoryGap, DataRefused, StorageFull, OSError: as ``Restoring``.
     """
-    from holdfast.care.backup import back_up_stopped
-
     restoring = Restoring(settings, target, planned, seal, log=log, progress=progress)
     restoring.prepare()
     report = restoring.finish("", 0, now_ms)
@@ -1033,11 +574,6 @@ def restore_stopped(
         log.warning("restore.backup_failed", reason=str(error))
         return report
     return msgspec.structs.replace(report, backup=backup)
-
-
-def rules_for(settings: Settings) -> Rules:
-    """The rules by which records are read here."""
-    return rules_of(settings, {})
 
 
 def _remove(path: Path) -> None:

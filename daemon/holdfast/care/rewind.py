@@ -15,7 +15,7 @@ from holdfast.care.packing import Seal
 from holdfast.clock import parse_ms
 from holdfast.core.collection import Collection
 from holdfast.core.event import decode_event
-from holdfast.core.rules import Rules
+from holdfast.core.rules import Rules, rules_of
 from holdfast.core.sales import decode_sales
 from holdfast.core.state import BUILT_IN, EVENT_OPS, RETRIES, State, apply, is_custom_name
 from holdfast.disk.files import Directory
@@ -29,7 +29,6 @@ from holdfast.disk.snapshot import (
     read_manifest,
     salvage,
 )
-from holdfast.engine import rules_of
 from holdfast.errors import DataRefused
 from holdfast.flush import FILE_OF, SALES_FILE
 from holdfast.load import load_blocks, load_foreign, load_trusted
@@ -74,7 +73,7 @@ def state_of(
     if found.manifest is None:
         raise SetDamaged(f"backup {found.name} cannot be read: {found.damage}")
     manifest = snapshot_manifest(found, seal)
-    rules = rules_of(settings, {})
+    rules = rules_of(settings)
     state = State(rules.session_ttl_ms)
     for file, stored in found.manifest.files.items():
         name = collection_in(file) if stored.kind == "snapshot" else None
@@ -103,7 +102,7 @@ def present_of(data_dir: Path, settings: Settings) -> State:
 
     To be compared with, not to be kept: what is damaged is left out without a word.
     """
-    rules = rules_of(settings, {})
+    rules = rules_of(settings)
     state = State(rules.session_ttl_ms)
     with Directory(data_dir) as directory:
         manifests = []

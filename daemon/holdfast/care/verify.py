@@ -47,7 +47,7 @@ from holdfast.care.swap import ARCHIVE_SCRATCH, INTENT, SCRATCH, STAGING
 from holdfast.checksum import crc32
 from holdfast.clock import format_ms, parse_ms
 from holdfast.core.event import decode_event
-from holdfast.core.rules import Rules
+from holdfast.core.rules import Rules, rules_of
 from holdfast.core.sales import decode_sales
 from holdfast.core.state import BUILT_IN, CONVERSATIONS, EVENT_OPS, is_custom_name
 from holdfast.disk.files import LOCK_NAME, Directory, kept_from_writers
@@ -62,7 +62,7 @@ from holdfast.disk.snapshot import (
     read_manifest,
     salvage,
 )
-from holdfast.engine import Engine, rules_of
+from holdfast.engine import Engine
 from holdfast.errors import Conflict, DataRefused, HoldfastError, StorageFull, Unavailable
 from holdfast.flush import SALES_FILE, file_of
 from holdfast.load import checked_id
@@ -332,7 +332,7 @@ class _Verification:
         self._directory = directory
         self._path = directory.path
         self._settings = settings
-        self._rules: Rules = rules_of(settings, {})
+        self._rules: Rules = rules_of(settings)
         self._deep = deep
         self._engine = engine
         self._seal = seal

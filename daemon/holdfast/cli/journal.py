@@ -273,7 +273,7 @@ class _Reading:
 
     def _before(self, first_seq: int) -> Iterator[JournalLine]:
         """What stands before the segments of the journal: in ``kept/``, and packed in ``backups/journal/``."""
-        from holdfast.care import history, restore  # here, since they bring what only few calls need
+        from holdfast.care import history, moments  # here, since they bring what only few calls need
 
         found = history.History(self._settings.data_dir)
         parts = [part for part in found.parts() if part.first_seq < first_seq]
@@ -293,7 +293,7 @@ class _Reading:
                 missing.append((gap.first, end))
                 position = end
         # A restored state stands at a number of its own.
-        states = restore.restored_seqs(self._settings.data_dir)
+        states = moments.restored_seqs(self._settings.data_dir)
         missing = [(first, last) for first, last in missing if not states.issuperset(range(first, last + 1))]
         self._problems += [
             f"events {first} to {last} are missing, or cannot be read" for first, last in _joined(missing)

@@ -226,11 +226,13 @@ def _stopped(
     as_json: bool,
 ) -> int:
     from holdfast.care import put_back
-    from holdfast.care import restore as care
     from holdfast.care.backup import back_up_stopped
     from holdfast.care.history import History
+    from holdfast.care.restore import restore_stopped
+    from holdfast.care.restore_plan import planned as plan_of
     from holdfast.care.seal import seal_of
     from holdfast.clock import Clock
+    from holdfast.core.rules import rules_of
     from holdfast.disk.files import Directory
     from holdfast.recovery import finish_restore, open_engine
 
@@ -241,7 +243,7 @@ def _stopped(
     history = History(settings.data_dir, seal)
     part = _part_of(wanted)
     target = _target(settings, wanted, seal, history, now_ms)
-    planned, then = care.planned(
+    planned, then = plan_of(
         settings,
         target,
         seal,
@@ -257,7 +259,7 @@ def _stopped(
         return 1
     progress = _Told(as_json=as_json)
     if part is None:
-        report = care.restore_stopped(settings, target, planned, seal, now_ms=now_ms, log=log, progress=progress.note)
+        report = restore_stopped(settings, target, planned, seal, now_ms=now_ms, log=log, progress=progress.note)
         progress.end()
         return _tell_report(plan, msgspec.to_builtins(report), as_json=as_json)
     saved = back_up_stopped(settings, "restore", log, progress.note)
@@ -266,7 +268,7 @@ def _stopped(
     engine = open_engine(settings, log=log)
     try:
         messages = put_back.messages_from(target, settings.data_dir, seal, history)
-        done = put_back.put_back(engine, part, then, care.rules_for(settings), messages)
+        done = put_back.put_back(engine, part, then, rules_of(settings), messages)
     finally:
         engine.close()
     progress.end()
@@ -277,12 +279,12 @@ def _fetched(settings: Any, place: str, wanted: dict[str, Any]) -> str | None:
     """The name of the backup that *wanted* means, brought here from *place*; None when a moment alone is wanted."""
     from zoneinfo import ZoneInfo
 
-    from holdfast.care import restore as care
+    from holdfast.care.moments import moment_of
     from holdfast.cli.copies import bring
 
     at_ms = None
     if wanted.get("set") is None and wanted.get("at") is not None:
-        at_ms = care.moment_of(wanted["at"], ZoneInfo(settings.stats.timezone))
+        at_ms = moment_of(wanted["at"], ZoneInfo(settings.stats.timezone))
     name: str = bring(settings, place, wanted.get("set") or "latest", at_ms).found.name
     return None if at_ms is not None else name
 
@@ -290,8 +292,9 @@ def _fetched(settings: Any, place: str, wanted: dict[str, Any]) -> str | None:
 def _into(
     settings: Any, wanted: dict[str, Any], into: Path, identity: Path | None, *, dry_run: bool, as_json: bool
 ) -> int:
-    from holdfast.care import restore as care
     from holdfast.care.history import History
+    from holdfast.care.restore import restore_beside
+    from holdfast.care.restore_plan import planned as plan_of
     from holdfast.care.seal import seal_of
     from holdfast.clock import Clock
 
@@ -300,12 +303,12 @@ def _into(
     history = History(settings.data_dir, seal)
     target = _target(settings, wanted, seal, history, now_ms)
     if dry_run:
-        planned, _ = care.planned(settings, target, seal, history, engine=None, now_ms=now_ms)
+        planned, _ = plan_of(settings, target, seal, history, engine=None, now_ms=now_ms)
         return _tell_plan(
             msgspec.convert(msgspec.to_builtins(planned), Plan), msgspec.to_builtins(planned), as_json=as_json
         )
     progress = _Told(as_json=as_json)
-    proof = care.restore_beside(target, into.absolute(), settings, seal, history, progress.note)
+    proof = restore_beside(target, into.absolute(), settings, seal, history, progress.note)
     progress.end()
     if as_json:
         print_json({"into": str(into), "backup": target.found.name, "proof": msgspec.to_builtins(proof)})
@@ -318,10 +321,10 @@ def _into(
 def _target(settings: Any, wanted: dict[str, Any], seal: Any, history: Any, now_ms: int) -> Any:
     from zoneinfo import ZoneInfo
 
-    from holdfast.care import restore as care
+    from holdfast.care.moments import choose, moment_of
 
-    at_ms = care.moment_of(wanted["at"], ZoneInfo(settings.stats.timezone)) if "at" in wanted else None
-    return care.choose(settings.data_dir, seal, name=wanted.get("set"), at_ms=at_ms, now_ms=now_ms, history=history)
+    at_ms = moment_of(wanted["at"], ZoneInfo(settings.stats.timezone)) if "at" in wanted else None
+    return choose(settings.data_dir, seal, name=wanted.get("set"), at_ms=at_ms, now_ms=now_ms, history=history)
 
 
 def _part_of(wanted: dict[str, Any]) -> Any:

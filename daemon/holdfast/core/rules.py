@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, tzinfo
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import msgspec
 
@@ -11,6 +12,7 @@ from holdfast import record, values
 from holdfast.core.collection import Collection
 from holdfast.errors import InvalidRecord, NotFound, VersionMismatch
 from holdfast.ops import ANY_VERSION, Answer, RecordOp
+from holdfast.settings import Settings
 
 
 class Rules(msgspec.Struct, frozen=True):
@@ -40,6 +42,24 @@ class Rules(msgspec.Struct, frozen=True):
     reserved_names: dict[str, str] = {}
     message_limits: values.ValueLimits = values.ValueLimits(bytes_max=256 << 10)
     append_max: int = 1_000
+
+
+def rules_of(settings: Settings, reserved_names: dict[str, str] | None = None) -> Rules:
+    """The part of *settings* that decisions depend on."""
+    limits = settings.limits
+    return Rules(
+        session_id_field=settings.sessions.id_field,
+        session_time_field=settings.sessions.time_field,
+        order_id_field=settings.orders.id_field,
+        session_ttl_ms=round(settings.sessions.ttl * 1000),
+        session_limits=values.ValueLimits(settings.sessions.max_bytes, limits.depth, limits.keys),
+        record_limits=values.ValueLimits(limits.record_bytes, limits.depth, limits.keys),
+        id_chars_max=limits.id_chars,
+        zone=ZoneInfo(settings.stats.timezone),
+        keep_days=settings.stats.keep_days,
+        message_limits=values.ValueLimits(limits.message_bytes, limits.depth, limits.keys),
+        reserved_names=reserved_names or {},
+    )
 
 
 def check_id(id: str, rules: Rules) -> None:

@@ -20,7 +20,9 @@ import structlog
 from holdfast import __version__
 from holdfast.care import backup, verify
 from holdfast.care.copies import CLOSE_S, Copies
-from holdfast.care.restore import RestorePlan, RestoreState, Target
+from holdfast.care.moments import Target
+from holdfast.care.restore import RestoreState
+from holdfast.care.restore_plan import RestorePlan
 from holdfast.care.retention import CHECK_EVERY_S, Daily
 from holdfast.care.seal import AgeSeal
 from holdfast.care.space import LOOK_EVERY_S

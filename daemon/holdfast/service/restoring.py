@@ -8,7 +8,9 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
-from holdfast.care.restore import RestorePlan, RestoreReport, RestoreState, Restoring, Target
+from holdfast.care.moments import Target
+from holdfast.care.restore import RestoreReport, RestoreState, Restoring
+from holdfast.care.restore_plan import RestorePlan
 from holdfast.care.seal import AgeSeal
 from holdfast.disk.files import DirectoryLock
 from holdfast.engine import Engine

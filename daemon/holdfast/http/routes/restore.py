@@ -9,9 +9,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from holdfast.care import put_back, restore
+from holdfast.care import moments, put_back, restore, restore_plan
 from holdfast.care.history import History
 from holdfast.care.seal import AgeSeal, seal_of
+from holdfast.core.rules import rules_of
 from holdfast.core.state import CONVERSATIONS, ORDERS, SESSIONS, USERS
 from holdfast.errors import BadRequest, Conflict, DataRefused, InvalidRecord, NotFound, StorageFull
 from holdfast.http.reply import Reply, json_reply
@@ -57,7 +58,7 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
         state: of a restore of everything, which goes on after this answer; ask for it with GET.
     """
 
-    plan: restore.RestorePlan
+    plan: restore_plan.RestorePlan
     part: put_back.PartRestored | None = None
     saved_as: str = ""
     state: restore.RestoreState | None = None
@@ -128,7 +129,7 @@ async def begin(backend: Backend, request: Request) -> Reply:
     wanted = decode_typed(await request.body(), RestoreBody, backend.record_limits)
     if wanted.set is None and wanted.at is None:
         raise InvalidRecord("expected set, the name of a backup, or at, a moment; found neither")
-    if wanted.set == restore.LATEST and not wanted.dry_run:
+    if wanted.set == moments.LATEST and not wanted.dry_run:
         raise InvalidRecord("expected the name of a backup, as a dry run tells it, found latest")
     return await asyncio.to_thread(partial(_begin, backend, wanted, asyncio.get_running_loop()))
 
@@ -146,11 +147,11 @@ def _planned(backend: Backend, wanted: RestoreBody, loop: asyncio.AbstractEventL
     part = _part(wanted)
     seal = seal_of(settings)
     history = History(settings.data_dir, seal)
-    at_ms = None if wanted.at is None else restore.moment_of(wanted.at, backend.zone)
-    target = restore.choose(
+    at_ms = None if wanted.at is None else moments.moment_of(wanted.at, backend.zone)
+    target = moments.choose(
         settings.data_dir, seal, name=wanted.set, at_ms=at_ms, now_ms=engine.now_ms(), history=history
     )
-    plan, then = restore.planned(
+    plan, then = restore_plan.planned(
         settings,
         target,
         seal,
@@ -166,12 +167,12 @@ def _planned(backend: Backend, wanted: RestoreBody, loop: asyncio.AbstractEventL
         return json_reply(Restored(plan=plan, state=begun), status=202)
     saved = engine.backup("restore")
     messages = put_back.messages_from(target, settings.data_dir, seal, history)
-    report = put_back.put_back(engine, part, then, restore.rules_for(settings), messages)
+    report = put_back.put_back(engine, part, then, rules_of(settings), messages)
     return json_reply(Restored(plan=plan, part=report, saved_as=saved.name))
 
 
 async def _admin(
-    backend: Backend, target: restore.Target, plan: restore.RestorePlan, seal: AgeSeal | None
+    backend: Backend, target: moments.Target, plan: restore_plan.RestorePlan, seal: AgeSeal | None
 ) -> restore.RestoreState:
     return backend.admin.restore(target, plan, seal)
 
