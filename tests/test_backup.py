@@ -19,7 +19,7 @@ import pytest
 
 from holdfast.archive.base import ArchiveDamaged
 from holdfast.care import packer, prover
-from holdfast.care.backup import PROVE_EVERY_S, RETRY_S, back_up_stopped
+from holdfast.care.backup import PROVE_EVERY_S, RETRY_S
 from holdfast.care.backup_set import (
     SET_FILE,
     BackupSet,
@@ -31,6 +31,7 @@ from holdfast.care.backup_set import (
     read_set,
     write_proof,
 )
+from holdfast.care.backup_stopped import back_up_stopped
 from holdfast.care.history import History
 from holdfast.care.history_follower import PACK_AFTER_S
 from holdfast.care.packing import pack

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.care import moments, restore, restore_plan
-from holdfast.care.backup import back_up_stopped, list_stopped
 from holdfast.care.backup_set import BACKUPS, SET_FILE, BackupSet, list_sets
+from holdfast.care.backup_stopped import back_up_stopped, list_stopped
 from holdfast.care.copies import Copies
 from holdfast.care.history import History
 from holdfast.care.rotation import stale

@@ -15,8 +15,8 @@ import orjson
 import pytest
 
 from holdfast.care import moments, put_back, restore, restore_plan, swap
-from holdfast.care.backup import back_up_stopped
 from holdfast.care.backup_set import SET_FILE, BackupSet, SetDamaged, list_sets, read_set
+from holdfast.care.backup_stopped import back_up_stopped
 from holdfast.care.history import History, HistoryGap
 from holdfast.care.history_follower import PACK_AFTER_S
 from holdfast.care.moments import Target

@@ -21,7 +21,7 @@ from holdfast import record
 from holdfast.archive.place import ARCHIVE, DataDirectoryPlace
 from holdfast.archive.sqlite_salvage import salvage_heads
 from holdfast.care import swap, upgrade
-from holdfast.care.backup import back_up_before_upgrade
+from holdfast.care.backup_stopped import back_up_before_upgrade
 from holdfast.care.candidates import Backed, Candidate, backed_up_messages
 from holdfast.care.legacy import import_old_files
 from holdfast.checksum import crc32

@@ -7,7 +7,6 @@ leisure. What has the same content as in the newest earlier set is a hard link t
 
 from __future__ import annotations
 
-import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,40 +15,47 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from holdfast import __version__
 from holdfast.archive.base import Archive, ArchiveDamaged, ArchiveError
 from holdfast.archive.place import ARCHIVE
-from holdfast.archive.sqlite_file import copy_stopped, totals_of
+from holdfast.archive.sqlite_file import totals_of
+from holdfast.care.backup_report import infos_of, log_completed, report_of
 from holdfast.care.backup_set import (
     BACKUPS,
-    SET_NAME,
     BackupSet,
     Proof,
-    SetManifest,
     list_sets,
     own_sets,
     read_set,
     write_proof,
 )
-from holdfast.care.history import JOURNAL, History, HistoryGap
+from holdfast.care.history import History
 from holdfast.care.history_follower import HistoryFollower, history_of
 from holdfast.care.moments import note_put_back, restored_seqs
 from holdfast.care.packer import Wanted, add_files
 from holdfast.care.packing import Seal
-from holdfast.care.prover import Unproved, prove_apart, shown
+from holdfast.care.prover import Unproved, prove_apart
 from holdfast.care.rotation import at_of, is_good, stale, was_fetched_lately
 from holdfast.care.seal import seal_of, writing_seal
-from holdfast.care.set_writer import SetWriter, check_room, leaving_room, read_pieces
-from holdfast.checksum import crc32
+from holdfast.care.set_parts import (
+    MESSAGES,
+    Made,
+    add_journal,
+    add_rest,
+    add_snapshots,
+    finished,
+    link_snapshots,
+    new_name,
+    newest_good,
+    remove_half_made,
+    remove_set,
+)
+from holdfast.care.set_writer import SetWriter, check_room, leaving_room
 from holdfast.clock import Clock, format_ms, parse_ms
-from holdfast.core.sales import decode_sales
 from holdfast.disk.files import Directory
-from holdfast.disk.journal import encode_line, segment_name
-from holdfast.disk.snapshot import MANIFEST, MANIFEST_NEXT, FileEntry, Manifest, encode_manifest, read_manifest, salvage
 from holdfast.errors import DataRefused, HoldfastError, JournalBroken, StorageFull, Unavailable
-from holdfast.flush import FILE_OF, SALES_FILE, Flusher
+from holdfast.flush import Flusher
 from holdfast.measures import BackupFigures
-from holdfast.ops import BackupInfo, BackupList, BackupReport
+from holdfast.ops import BackupList, BackupReport
 from holdfast.settings import Settings
 from holdfast.turns import Turns
 
@@ -65,18 +71,8 @@ OVERDUE_AFTER = 2
 PROVE_EVERY_S = 24 * 3600.0
 """The newest set is proved again when its proof is so old: disks forget."""
 
-SETTINGS_FILE, TOKENS_FILE = "settings.json", "tokens.json"
-DAYS, MESSAGES = "days", "messages"
-
-UPGRADE = "upgrade"
-"""Why there is a set from before another version changed anything."""
-
-_UPGRADE_AGAIN_MS = 3600 * 1000
 _DOUBLINGS_MAX = 20
 _TRIES = 2
-_LINES_AT_ONCE = 500
-_COLLECTION_IN = {file: name for name, file in FILE_OF.items()}
-_NOT_SNAPSHOTS = frozenset({MANIFEST, MANIFEST_NEXT, TOKENS_FILE, "restore.json"})
 
 Progress = Callable[[str], object]
 
@@ -138,7 +134,7 @@ class Backups:
         with suppress(OSError, DataRefused), Directory(self._source.data_dir) as data:
             if data.stat(BACKUPS) is not None:
                 with data.subdirectory(BACKUPS) as backups:
-                    _remove_half_made(backups)
+                    remove_half_made(backups)
         self._count(list_sets(self._source.data_dir))
         own = own_sets(self._source.data_dir)
         self._note_newest(own[0] if own else None)
@@ -280,18 +276,7 @@ class Backups:
             raise
         self.is_wanted = False
         self._source.notes.pop("backup", None)
-        manifest = made.found.manifest
-        assert manifest is not None, "a set was written that cannot be read"
-        self._log.info(
-            "backup.completed",
-            backup=made.found.name,
-            reason=reason,
-            seq=manifest.seq,
-            bytes=made.found.stored_bytes,
-            new_bytes=made.new_bytes,
-            notes=made.notes,
-            duration_ms=round((self._clock.monotonic() - started) * 1000, 1),
-        )
+        log_completed(self._log, made, reason, self._clock.monotonic() - started)
         progress("loading it, to see that all is there")
         proof, problem = None, ""
         try:
@@ -306,9 +291,9 @@ class Backups:
         self._count(list_sets(self._source.data_dir))
         for completed in self.completed:
             completed(made.found)
-        return _report_of(made, reason, proof, problem, self._clock, started)
+        return report_of(made, reason, proof, problem, self._clock, started)
 
-    def _write(self, reason: str, progress: Progress) -> _Made:
+    def _write(self, reason: str, progress: Progress) -> Made:
         source = self._source
         flusher, settings, notes = source.flusher, source.settings(), list[str]()
         seal = self._seal()
@@ -324,15 +309,15 @@ class Backups:
             with Directory(source.data_dir) as data, data.subdirectory(BACKUPS) as backups:
                 is_busy = leaving_room(data, is_used)
                 is_busy()
-                writer = SetWriter(backups, self._new_name(), _newest_good(source.data_dir), seal, is_busy)
+                writer = SetWriter(backups, self._new_name(), newest_good(source.data_dir), seal, is_busy)
                 try:
                     for tries_left in reversed(range(_TRIES)):
                         progress("writing the snapshots")
                         self._flush(notes)
-                        taken = flusher.hold(lambda manifest, directory: _link(manifest, directory, writer))
+                        taken = flusher.hold(lambda manifest, directory: link_snapshots(manifest, directory, writer))
                         progress("compressing the snapshots")
                         at = format_ms(self._clock.now_ms())
-                        counts, changed = _add_snapshots(writer, taken, settings, self._cancelled)
+                        counts, changed = add_snapshots(writer, taken, settings, self._cancelled)
                         if not changed or not tries_left:
                             break
                         # Edited, or changed by the disk, while we run: what memory holds is what counts.
@@ -343,27 +328,23 @@ class Backups:
                     progress("copying the archive")
                     archived_seq = self._copy_archive(writer, counts, taken.snapshot_seq, notes, is_busy)
                     progress("adding the events between")
-                    reached = _add_journal(writer, History(source.data_dir), taken.snapshot_seq, archived_seq, notes)
-                    _add_rest(writer, data, taken, settings)
-                    found = writer.finish(
-                        SetManifest(
-                            data_format=taken.format,
-                            holdfast=__version__,
-                            at=at,
-                            reason=reason,
-                            seq=max(taken.snapshot_seq, reached),
-                            snapshot_seq=taken.snapshot_seq,
-                            lineage=taken.lineage,
-                            archived_seq=taken.snapshot_seq if archived_seq is None else archived_seq,
-                            counts=counts,
-                        )
+                    reached = add_journal(writer, History(source.data_dir), taken.snapshot_seq, archived_seq, notes)
+                    add_rest(writer, data, taken, settings)
+                    return finished(
+                        writer,
+                        notes,
+                        taken,
+                        at=at,
+                        reason=reason,
+                        reached=reached,
+                        archived_seq=archived_seq,
+                        counts=counts,
                     )
                 except BaseException:
                     writer.abandon()
                     raise
         finally:
             flusher.unfollow("backup")
-        return _Made(found, writer.new_bytes, notes)
 
     def _flush(self, notes: list[str]) -> None:
         try:
@@ -482,436 +463,3 @@ class Backups:
     def _check_cancelled(self) -> None:
         if self._cancelled.is_set():
             raise Unavailable("stopping; take the backup when it is back")
-
-
-class _Made(NamedTuple):
-    found: BackupSet
-    new_bytes: int
-    notes: list[str]
-
-
-def back_up_stopped(
-    settings: Settings,
-    reason: str,
-    log: Any,
-    progress: Progress | None = None,
-    *,
-    prove: bool = True,
-    cancelled: threading.Event | None = None,
-) -> BackupSet:
-    """Make a set of a data directory that nobody has open, under the caller's lock, of whatever state it is in.
-
-    What is damaged is in it as it is, which the log says. Nothing outside of ``backups/`` is changed, but that SQLite may
-    create an index of the archive's log beside it.
-
-    Args:
-        reason: why.
-        prove: load everything from it afterwards; the set says how that went.
-        cancelled: set it to give up.
-
-    Raises:
-        StorageFull, OSError: there is no set.
-        Unavailable: *cancelled*.
-    """
-    report = report_stopped(settings, reason, log, progress, prove=prove, cancelled=cancelled)
-    return read_set(settings.data_dir / BACKUPS / report.name)
-
-
-def back_up_before_upgrade(
-    settings: Settings, written_by: str, log: Any, progress: Progress, cancelled: threading.Event
-) -> None:
-    """Make a set of what another version has *written*, before this one changes anything of it; under the lock.
-
-    One an hour is enough for a daemon that does not come up. It is proved later, in its turn, so that a start is not held up;
-    without room for it the start goes on, and the log says so.
-
-    Raises:
-        Unavailable: *cancelled*.
-    """
-    if not written_by or written_by == __version__:
-        return
-    now_ms = Clock().now_ms()
-    made = next(iter(own_sets(settings.data_dir)), None)
-    if made is not None and made.manifest is not None and made.manifest.reason == UPGRADE:
-        age_ms = now_ms - at_of(made)
-    else:
-        age_ms = _UPGRADE_AGAIN_MS
-    if age_ms < _UPGRADE_AGAIN_MS:
-        return
-    progress(f"taking a backup of what Holdfast {written_by} has written")
-    try:
-        report_stopped(settings, UPGRADE, log, progress, prove=False, cancelled=cancelled)
-    except Unavailable:
-        raise
-    except (HoldfastError, OSError) as error:
-        log.error("backup.failed", reason=UPGRADE, error=str(error))
-
-
-def report_stopped(
-    settings: Settings,
-    reason: str,
-    log: Any = None,
-    progress: Progress | None = None,
-    *,
-    prove: bool = True,
-    cancelled: threading.Event | None = None,
-) -> BackupReport:
-    """As ``back_up_stopped``, for who wants to know how it went; without *log* nobody else is told."""
-    clock, cancelled, progress = Clock(), cancelled or threading.Event(), progress or (lambda text: None)
-    started = clock.monotonic()
-    made = _write_stopped(settings, reason, clock, progress, cancelled)
-    manifest = made.found.manifest
-    assert manifest is not None, "a set was written that cannot be read"
-    if log is not None:
-        log.info(
-            "backup.completed",
-            backup=made.found.name,
-            reason=reason,
-            seq=manifest.seq,
-            bytes=made.found.stored_bytes,
-            new_bytes=made.new_bytes,
-            notes=made.notes,
-            duration_ms=round((clock.monotonic() - started) * 1000, 1),
-        )
-    proof, problem = None, ""
-    if prove:
-        progress("loading it, to see that all is there")
-        try:
-            proof = prove_apart(made.found, settings, cancelled)
-            write_proof(made.found.path, proof)
-            problem = proof.reason
-        except Unproved as error:
-            problem = str(error)
-        if log is not None and proof is not None and proof.ok:
-            log.info("backup.proved", backup=made.found.name, duration_ms=proof.duration_ms)
-        elif log is not None:
-            log.error("backup.proof_failed", backup=made.found.name, reason=problem, is_tried=proof is not None)
-    return _report_of(made, reason, proof, problem, clock, started)
-
-
-def _write_stopped(
-    settings: Settings, reason: str, clock: Clock, progress: Progress, cancelled: threading.Event
-) -> _Made:
-    notes: list[str] = []
-
-    def is_busy() -> bool:
-        if cancelled.is_set():
-            raise Unavailable("stopping; the backup was given up, nothing was changed")
-        return False
-
-    with Directory(settings.data_dir) as data, data.subdirectory(BACKUPS) as backups:
-        _remove_half_made(backups)
-        name = new_name(settings.data_dir, clock.now_ms())
-        seal = writing_seal(seal_of(settings))
-        writer = SetWriter(backups, name, _newest_good(settings.data_dir), seal, is_busy)
-        try:
-            progress("compressing the snapshots")
-            manifest = _settled_manifest(data, notes)
-            counts = _add_found(writer, data, manifest, notes)
-            progress("copying the archive")
-            archived_seq = _copy_stopped_archive(writer, data, counts, notes)
-            progress("adding the journal")
-            history = History(settings.data_dir)
-            last_seq = max([manifest.snapshot_seq, *(part.last_seq for part in history.parts() if not part.is_packed)])
-            reached = _add_journal(writer, history, manifest.snapshot_seq, archived_seq, notes, up_to_seq=last_seq)
-            _add_rest(writer, data, manifest, settings)
-            found = writer.finish(
-                SetManifest(
-                    data_format=manifest.format,
-                    holdfast=__version__,
-                    at=format_ms(clock.now_ms()),
-                    reason=reason,
-                    seq=max(manifest.snapshot_seq, reached),
-                    snapshot_seq=manifest.snapshot_seq,
-                    lineage=manifest.lineage,
-                    archived_seq=manifest.snapshot_seq if archived_seq is None else archived_seq,
-                    counts=counts,
-                )
-            )
-        except BaseException:
-            writer.abandon()
-            raise
-    return _Made(found, writer.new_bytes, notes)
-
-
-def list_stopped(settings: Settings) -> BackupList:
-    """The sets of a directory that nobody has open, newest first, and its history."""
-    sets = list_sets(settings.data_dir)
-    return BackupList(infos_of(sets), history_of(settings, sets))
-
-
-def _report_of(
-    made: _Made, reason: str, proof: Proof | None, problem: str, clock: Clock, started: float
-) -> BackupReport:
-    manifest = made.found.manifest
-    assert manifest is not None, "a set was written that cannot be read"
-    return BackupReport(
-        name=made.found.name,
-        reason=reason,
-        seq=manifest.seq,
-        records=sum(manifest.counts.values()),
-        files=len(manifest.files),
-        bytes=made.found.stored_bytes,
-        new_bytes=made.new_bytes,
-        notes=made.notes,
-        proved=None if proof is None else proof.ok,
-        problem=problem,
-        duration_ms=round((clock.monotonic() - started) * 1000, 1),
-        at=format_ms(clock.now_ms()),
-    )
-
-
-def infos_of(sets: list[BackupSet]) -> list[BackupInfo]:
-    """What people want to know of *sets*, which come newest first."""
-    infos = []
-    for index, found in enumerate(sets):
-        manifest, proof = found.manifest, found.proof
-        older = {
-            file.stored_sha256
-            for other in sets[index + 1 : index + 2]
-            if other.manifest is not None
-            for file in other.manifest.files.values()
-        }
-        files = [] if manifest is None else list(manifest.files.values())
-        infos.append(
-            BackupInfo(
-                name=found.name,
-                at="" if manifest is None else manifest.at,
-                reason="" if manifest is None else manifest.reason,
-                seq=0 if manifest is None else manifest.seq,
-                records=0 if manifest is None else sum(manifest.counts.values()),
-                bytes=found.stored_bytes,
-                new_bytes=sum(file.stored_bytes for file in files if file.stored_sha256 not in older),
-                encrypted=manifest is not None and manifest.encrypted,
-                proved=None if proof is None or manifest is None else proof.ok,
-                proved_at="" if proof is None else proof.at,
-                foreign=found.is_foreign,
-                problem=found.damage or ("" if proof is None else proof.reason),
-            )
-        )
-    return infos
-
-
-def remove_set(backups: Directory, name: str) -> None:
-    """Remove the set *name*: at no moment is there a part of it under the name of a set."""
-    gone = f".{name}.0.tmp"
-    if backups.stat(gone) is not None:
-        backups.remove_tree(gone)
-    backups.rename(name, gone)
-    backups.sync()
-    backups.remove_tree(gone)
-
-
-def _remove_half_made(backups: Directory) -> None:
-    """Remove what a killed process left: sets, parts of the history, and files such as ``restores.json``. Under the lock."""
-    for name in backups.temporaries():
-        found = backups.stat(name)
-        if found is not None and stat.S_ISDIR(found.st_mode):
-            backups.remove_tree(name)
-        else:
-            backups.remove(name)
-    if backups.stat(JOURNAL) is not None:
-        with backups.subdirectory(JOURNAL) as packed:
-            packed.remove_stale_temporaries()
-
-
-def new_name(data_dir: Path, now_ms: int) -> str:
-    """A name for a set taken now: above all that are there, also when the clock was set back."""
-    taken = list_sets(data_dir)
-    for found in taken:
-        with suppress(ValueError):
-            if found.manifest is not None:
-                now_ms = max(now_ms, _ms_of(found.name) + 1)
-    name = format_ms(now_ms).replace(":", "")
-    while any(found.name == name for found in taken):
-        now_ms += 1
-        name = format_ms(now_ms).replace(":", "")
-    assert SET_NAME.fullmatch(name)
-    return name
-
-
-def _ms_of(name: str) -> int:
-    day, _, time = name.partition("T")
-    return parse_ms(f"{day}T{time[:2]}:{time[2:4]}:{time[4:]}")
-
-
-def _newest_good(data_dir: Path) -> BackupSet | None:
-    return next((found for found in list_sets(data_dir) if is_good(found)), None)
-
-
-# Snapshots.
-
-
-def _link(manifest: Manifest, data: Directory, writer: SetWriter) -> Manifest:
-    for name in manifest.files:
-        if data.stat(name) is not None:
-            writer.directory.remove(name)
-            data.keep_link(name, writer.directory)
-    return manifest
-
-
-def _add_snapshots(
-    writer: SetWriter, manifest: Manifest, settings: Settings, cancelled: threading.Event
-) -> tuple[dict[str, int], list[str]]:
-    """Take the linked files into the set; their counts, and the names of those that are not what they should be."""
-    counts: dict[str, int] = {}
-    wanted, changed = [], []
-    for name, entry in manifest.files.items():
-        if writer.directory.stat(name) is None:
-            changed.append(name)
-            continue
-        if name == SALES_FILE:
-            with suppress(ValueError, msgspec.DecodeError):
-                counts[DAYS] = len(decode_sales(writer.directory.read(name)).days)
-        else:
-            counts[_collection_of(name)] = entry.records
-        wanted.append(Wanted("snapshot", name, entry.records))
-    for name, digest in add_files(writer, wanted, settings, cancelled).items():
-        entry = manifest.files[name]
-        if (digest.bytes, digest.crc32) != (entry.bytes, entry.crc32):
-            changed.append(name)
-    return counts, changed
-
-
-def _collection_of(file: str) -> str:
-    return _COLLECTION_IN.get(file, file.removesuffix(".json"))
-
-
-def _settled_manifest(data: Directory, notes: list[str]) -> Manifest:
-    """The manifest of a stopped directory, with what an interrupted flush moved into place."""
-    found: list[Manifest] = []
-    for name in (MANIFEST, MANIFEST_NEXT):
-        try:
-            manifest = read_manifest(data, name)
-        except (ValueError, OSError) as error:
-            notes.append(f"{name} is damaged ({error})")
-            manifest = None
-        if manifest is not None:
-            found.append(manifest)
-        elif name == MANIFEST:
-            found.append(Manifest())
-    settled, following = found[0], found[1:]
-    files: dict[str, FileEntry] = {}
-    for name in {**settled.files, **{name: entry for one in following for name, entry in one.files.items()}}:
-        status = data.stat(name)
-        for one in found:
-            entry = one.files.get(name)
-            if entry is not None and status is not None and status.st_size == entry.bytes:
-                with suppress(OSError):
-                    if f"{_crc_of(data, name):08x}" == entry.crc32:
-                        files[name] = entry
-                        break
-        else:
-            if name in settled.files:
-                notes.append(f"{name} is not as it was left: edited, damaged or missing")
-    return msgspec.structs.replace(settled, files=files)
-
-
-def _crc_of(data: Directory, name: str) -> int:
-    checksum = 0
-    for piece in read_pieces(data, name):
-        checksum = crc32(piece, checksum)
-    return checksum
-
-
-def _add_found(writer: SetWriter, data: Directory, manifest: Manifest, notes: list[str]) -> dict[str, int]:
-    """Take every snapshot file of a stopped directory into the set; how many records each holds."""
-    counts: dict[str, int] = {}
-    for name in data.names():
-        if not name.endswith(".json") or name.startswith(".") or name in _NOT_SNAPSHOTS:
-            continue
-        entry = manifest.files.get(name)
-        try:
-            raw = data.read(name) if entry is None or name == SALES_FILE else b""
-        except OSError as error:
-            notes.append(f"without {name}, which cannot be read: {error.strerror or error}")
-            continue
-        if name == SALES_FILE:
-            try:
-                counts[DAYS] = len(decode_sales(raw.removeprefix(b"\xef\xbb\xbf")).days)
-            except (ValueError, msgspec.DecodeError) as error:
-                notes.append(f"{name} is damaged ({error})")
-            records = 0
-        elif entry is None:
-            read = salvage(raw)
-            if not read.is_whole:
-                notes.append(f"{name} is damaged ({read.reason}), and is in it as it is")
-            records = counts[_collection_of(name)] = len(read.records)
-        else:
-            records = counts[_collection_of(name)] = entry.records
-        data.keep_link(name, writer.directory)
-        writer.add_file("snapshot", name, records)
-    return counts
-
-
-# Archive, journal, and the rest.
-
-
-def _copy_stopped_archive(writer: SetWriter, data: Directory, counts: dict[str, int], notes: list[str]) -> int | None:
-    if data.stat(ARCHIVE) is None:
-        return None
-    path = writer.directory.path / ARCHIVE
-    try:
-        archived_seq = copy_stopped(data.path / ARCHIVE, path)
-        _, messages = totals_of(path)
-    except (ArchiveError, ArchiveDamaged) as error:
-        with suppress(FileNotFoundError):
-            path.unlink()
-        notes.append(f"without the archive ({error}), but with all events that the journal has for it")
-        return None
-    counts[MESSAGES] = messages
-    writer.add_file("archive", ARCHIVE, messages)
-    return archived_seq
-
-
-def _add_journal(
-    writer: SetWriter,
-    history: History,
-    snapshot_seq: int,
-    archived_seq: int | None,
-    notes: list[str],
-    *,
-    up_to_seq: int = 0,
-) -> int:
-    """Take the events between snapshots and archive into the set, or without an archive all that the journal has for one;
-    the seq up to which everything is in it."""
-    if archived_seq is None:
-        parts = [part for part in history.parts() if not part.is_packed]
-        low = min([part.first_seq - 1 for part in parts if part.first_seq <= snapshot_seq + 1], default=snapshot_seq)
-        high = max(snapshot_seq, up_to_seq)
-    else:
-        low, high = min(snapshot_seq, archived_seq), max(snapshot_seq, archived_seq, up_to_seq)
-    if low >= high:
-        return high
-    reached = low
-    count = 0
-
-    def lines() -> Iterator[bytes]:
-        nonlocal reached, count
-        position = low
-        while position < high:
-            batch: list[bytes] = []
-            try:
-                for line in history.lines(position, high):
-                    batch.append(encode_line(line.payload))
-                    position = reached = line.seq
-                    count += 1
-                    if len(batch) >= _LINES_AT_ONCE:
-                        yield b"".join(batch)
-                        batch = []
-            except HistoryGap as gap:
-                notes.append(f"without events {gap.first} to {gap.last}, which cannot be read")
-                position = gap.last
-            yield b"".join(batch)
-
-    first = segment_name(low + 1)
-    writer.add("journal", f"journal/{first}", lines(), lambda: count)
-    return max(reached, snapshot_seq, archived_seq or 0)
-
-
-def _add_rest(writer: SetWriter, data: Directory, manifest: Manifest, settings: Settings) -> None:
-    writer.add("manifest", MANIFEST, [encode_manifest(manifest)])
-    raw = msgspec.json.format(msgspec.json.encode(shown(settings)), indent=2) + b"\n"
-    writer.add("settings", SETTINGS_FILE, [raw])
-    with suppress(OSError):
-        writer.add("tokens", TOKENS_FILE, [data.read(TOKENS_FILE)])

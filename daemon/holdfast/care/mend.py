@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from holdfast.care.backup import back_up_stopped
+from holdfast.care.backup_stopped import back_up_stopped
 from holdfast.care.findings import ANEW, CHMOD, OPEN, REMOVE, SET_ASIDE, Finding, Report
 from holdfast.care.packing import Seal
 from holdfast.care.verify import verify

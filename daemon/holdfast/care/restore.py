@@ -21,8 +21,8 @@ from holdfast.archive.base import ArchiveDamaged, ArchiveError
 from holdfast.archive.place import ARCHIVE, COMPACTED, REBUILT
 from holdfast.archive.sqlite import open_sqlite
 from holdfast.care import swap
-from holdfast.care.backup import back_up_stopped
 from holdfast.care.backup_set import BACKUPS, SetDamaged, extract, list_sets
+from holdfast.care.backup_stopped import back_up_stopped
 from holdfast.care.history import JOURNAL, History, HistoryGap, at_of
 from holdfast.care.moments import (
     Restored,

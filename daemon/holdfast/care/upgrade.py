@@ -18,8 +18,8 @@ import msgspec
 from holdfast.archive.place import ARCHIVE
 from holdfast.archive.sqlite_file import HEADER_BYTES, schema_version
 from holdfast.care import swap
-from holdfast.care.backup import back_up_stopped
 from holdfast.care.backup_set import BackupSet, own_sets, read_set
+from holdfast.care.backup_stopped import back_up_stopped
 from holdfast.care.history import JOURNAL, History
 from holdfast.care.set_writer import digest_of, read_pieces
 from holdfast.care.swap import STAGING, Intent

@@ -157,14 +157,14 @@ def _listed() -> BackupList:
     except Unavailable:
         if _flag("connect") is not None:
             raise
-    from holdfast.care.backup import list_stopped  # here, since a running daemon does the work
+    from holdfast.care.backup_stopped import list_stopped  # here, since a running daemon does the work
 
     return list_stopped(_settings())
 
 
 def _backed_up_stopped() -> BackupReport | None:
     """What a backup of a directory that nobody has open did; None when somebody has."""
-    from holdfast.care.backup import report_stopped  # here, since a running daemon does the work
+    from holdfast.care.backup_stopped import report_stopped  # here, since a running daemon does the work
     from holdfast.disk.files import DirectoryLock
 
     settings = _settings()

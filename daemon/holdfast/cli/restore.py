@@ -226,7 +226,7 @@ def _stopped(
     as_json: bool,
 ) -> int:
     from holdfast.care import put_back
-    from holdfast.care.backup import back_up_stopped
+    from holdfast.care.backup_stopped import back_up_stopped
     from holdfast.care.history import History
     from holdfast.care.restore import restore_stopped
     from holdfast.care.restore_plan import planned as plan_of
