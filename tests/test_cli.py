@@ -520,3 +520,24 @@ def test_the_path_of_the_first_token_is_shown(tmp_path: Path, daemon: subprocess
 
     assert done.stdout == f"{tmp_path}/data/token\n"
     assert Path(done.stdout.strip()).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_stopped_directory_is_opened_with_the_settings_that_are_named(tmp_path: Path):
+    """By --config or HOLDFAST_CONFIG; they say how records are read, so wrong ones are refused before anything is done."""
+    data = tmp_path / "data"
+    data.mkdir(mode=0o700)
+    (tmp_path / "shop.toml").write_text('data_dir = "data"\n[sessions]\nid_field = "phone"\n')
+    (tmp_path / "broken.toml").write_text("flush_every = 'soon'\n")
+    (tmp_path / "chat_sessions.json").write_text('[{"phone": "57300", "lastActivity": "2099-01-01T00:00:00Z"}]')
+    importing = ("import", "chat_sessions.json", "--yes", "--json")
+
+    broken = holdfast("--config", "broken.toml", *importing, "--data-dir", "data", cwd=tmp_path)
+    missing = holdfast("--config", "nowhere.toml", *importing, "--data-dir", "data", cwd=tmp_path)
+    untouched = list(data.iterdir())
+    done = holdfast("--config", "shop.toml", *importing, cwd=tmp_path)
+    again = holdfast(*importing, cwd=tmp_path, HOLDFAST_CONFIG="shop.toml")
+
+    assert (broken.returncode, missing.returncode, untouched) == (2, 2, [])
+    assert "flush_every" in broken.stderr and "nowhere.toml" in missing.stderr
+    assert json.loads(done.stdout)["collections"]["sessions"]["added"] == 1, done.stderr
+    assert json.loads(again.stdout)["collections"]["sessions"]["same"] == 1, again.stderr

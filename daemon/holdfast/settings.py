@@ -43,8 +43,8 @@ SECRET_KEY_PREFIX = "AGE-SECRET-KEY-"
 RECIPIENT_PREFIXES = ("age1", "ssh-ed25519 ", "ssh-rsa ")
 """How a recipient begins that is written out; anything else is the path of a file of them."""
 
-ENVIRONMENT_OF_OTHERS = frozenset({"HOLDFAST_TOKEN", "HOLDFAST_CRASH"})
-"""Variables with our prefix that are no settings: of the client commands, of the test suite."""
+ENVIRONMENT_OF_OTHERS = frozenset({"HOLDFAST_CONFIG", "HOLDFAST_TOKEN", "HOLDFAST_CRASH"})
+"""Variables with our prefix that are no settings: of the command line, of the client commands, of the test suite."""
 
 
 # Units, as people write them.

@@ -13,7 +13,7 @@ from holdfast.cli.connection import named_daemon
 from holdfast.cli.show import examples
 from holdfast.errors import HoldfastError
 
-PATIENCE_S = 0.15
+PATIENCE_S = 0.5
 """Whoever presses the tab key waits no longer than this for the daemon."""
 
 IDS_MAX = 200

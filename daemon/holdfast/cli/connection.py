@@ -281,7 +281,7 @@ def find_daemon(connect: str | None, data_dir: str | None, token_file: Path | No
         except SettingsError as error:
             raise SettingsError(f"--connect: {error}") from None
         return Daemon(address, token_of(None, token_file), None)
-    settings = settings_of(data_dir)
+    settings = settings_to_reach(data_dir)
     try:
         addresses = [parse_address(address, settings.data_dir) for address in settings.listen]
     except ValueError as error:
@@ -297,8 +297,24 @@ def find_daemon(connect: str | None, data_dir: str | None, token_file: Path | No
     return Daemon(Address("", found.host, found.port, False), token, settings.data_dir)
 
 
+def config_file() -> Path | None:
+    """The settings file that ``holdfast --config FILE COMMAND``, or HOLDFAST_CONFIG, names."""
+    ctx = click.get_current_context(silent=True)
+    found: Path | None = None if ctx is None else ctx.find_root().params.get("config")
+    return found
+
+
 def settings_of(data_dir: str | None) -> Settings:
-    """The settings a daemon on *data_dir* would have, as far as a command needs them.
+    """The settings a daemon on *data_dir* would have: for commands that open the data themselves.
+
+    Raises:
+        SettingsError: they are invalid; by others than the daemon's the data would be read wrong.
+    """
+    return load({"data_dir": data_dir} if data_dir is not None else {}, os.environ, config_file()).settings
+
+
+def settings_to_reach(data_dir: str | None) -> Settings:
+    """As ``settings_of``, as far as a command needs them to find the daemon or the directory.
 
     Where the directory is named, a broken settings file does not matter: `holdfast reload` must reach the daemon that
     has to say what is wrong with it.
@@ -306,9 +322,8 @@ def settings_of(data_dir: str | None) -> Settings:
     Raises:
         SettingsError: the settings are invalid, and so the directory is not known.
     """
-    named = {"data_dir": data_dir} if data_dir is not None else {}
     try:
-        return load(named, os.environ).settings
+        return settings_of(data_dir)
     except SettingsError:
         known = data_dir or os.environ.get("HOLDFAST_DATA_DIR") or os.environ.get("DATA_DIR")
         if not known:

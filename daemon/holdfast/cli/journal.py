@@ -14,7 +14,7 @@ import click
 import orjson
 
 from holdfast.cli.arguments import SINCE, TEXT
-from holdfast.cli.connection import DIRECTORY, settings_of
+from holdfast.cli.connection import DIRECTORY, settings_to_reach
 from holdfast.cli.groups import InOrder
 from holdfast.cli.show import (
     Column,
@@ -234,7 +234,7 @@ class _Reading:
             NotFound, DataRefused: there is no journal, or it cannot be read.
         """
         self._wanted = wanted
-        self._settings = settings_of(wanted.data_dir)
+        self._settings = settings_to_reach(wanted.data_dir)
         self._until_ms = self._moment(wanted.until)
         self._history = _read(self._settings)
         self._problems: list[str] = []

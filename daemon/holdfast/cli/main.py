@@ -8,6 +8,7 @@ import os
 import sys
 from importlib import import_module
 from keyword import iskeyword
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -124,7 +125,14 @@ def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.option(
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show the version."
 )
-def commands() -> None:
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    envvar="HOLDFAST_CONFIG",
+    help="Settings in TOML, as the daemon has them; else ./holdfast.toml or /etc/holdfast/holdfast.toml.",
+)
+def commands(config: Path | None) -> None:
     """Keep the sessions, orders, conversations and sales figures of chat bots through everything.
 
     `serve` runs the daemon; the other commands talk to it, or read its data directory.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from holdfast.cli.connection import settings_of
+from holdfast.cli.connection import settings_to_reach
 from holdfast.cli.show import examples
 from holdfast.settings import UnixAddress, parse_address
 
@@ -26,7 +26,7 @@ def openapi(data_dir: str | None, as_html: bool, as_json: bool) -> None:
 
     from holdfast.http.docs import page
 
-    settings = settings_of(data_dir)
+    settings = settings_to_reach(data_dir)
     listening = []
     for text in settings.listen:
         address = parse_address(text, settings.data_dir)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from holdfast.cli.connection import config_file
 from holdfast.cli.show import examples, json_option, print_json
 from holdfast.settings import LoadedSettings, describe, load
 
@@ -35,6 +36,7 @@ def serve(
     """Run the daemon in the foreground until SIGTERM or ctrl-C."""
     overrides = _overrides(data_dir, listen, assignments)
     cwd = Path.cwd()
+    config = config or config_file()
     loaded = load(overrides, os.environ, config, cwd)
     if check:
         _print_settings(loaded, as_json)

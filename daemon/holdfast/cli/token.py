@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from holdfast.cli.connection import settings_of
+from holdfast.cli.connection import settings_to_reach
 from holdfast.cli.show import Column, examples, json_option, print_json, print_table
 from holdfast.errors import NotFound
 from holdfast.http.auth import FIRST_TOKEN_FILE, TokenStore
@@ -21,7 +21,7 @@ def _on_directory(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--data-dir", metavar="DIR", help="The data directory whose tokens are meant.")
     @wraps(command)
     def with_directory(*args: Any, data_dir: str | None, **kw: Any) -> Any:
-        directory = settings_of(data_dir).data_dir
+        directory = settings_to_reach(data_dir).data_dir
         if not directory.is_dir():
             raise NotFound(f"no data directory at {directory}; name it with --data-dir, or start the daemon once")
         return command(directory, *args, **kw)
@@ -41,7 +41,7 @@ def token(ctx: click.Context, data_dir: str | None) -> None:
         # So that the option may stand before or after the subcommand.
         ctx.default_map = {name: {"data_dir": data_dir} for name in ("new", "list", "revoke")}
         return
-    path = settings_of(data_dir).data_dir / FIRST_TOKEN_FILE
+    path = settings_to_reach(data_dir).data_dir / FIRST_TOKEN_FILE
     if not path.is_file():
         raise NotFound(f"no token at {path} yet; the daemon makes it at its first start")
     click.echo(path)
