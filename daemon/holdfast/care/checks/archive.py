@@ -10,7 +10,7 @@ from holdfast.archive.base import Archive, ArchiveDamaged, ArchiveError
 from holdfast.archive.place import ARCHIVE
 from holdfast.archive.sqlite_look import Look, look_through
 from holdfast.care.checks.directory import COMPANIONS
-from holdfast.care.checks.run import PAUSE_RECORDS, Verification
+from holdfast.care.checks.run import PAUSE_RECORDS, Verification, many
 from holdfast.care.findings import (
     ANEW,
     SET_ASIDE,
@@ -127,7 +127,7 @@ def _look_at_closed_archive(run: Verification, look: Look) -> Iterator[Finding]:
         yield Finding(
             severity="ok",
             part="archive",
-            found=f"{len(look.versions)} conversations, {sum(look.messages.values())} messages, at event "
+            found=f"{many(len(look.versions), 'conversation')}, {many(sum(look.messages.values()), 'message')}, at event "
             f"{look.archived_seq}, schema {look.schema_version}",
         )
 
@@ -170,7 +170,9 @@ def _look_at_open_archive(run: Verification, engine: Engine) -> Iterator[Finding
             )
     yield from problems
     if not problems:
-        yield Finding(severity="ok", part="archive", found=f"{conversations} conversations, {messages} messages")
+        yield Finding(
+            severity="ok", part="archive", found=f"{many(conversations, 'conversation')}, {many(messages, 'message')}"
+        )
 
 
 def _agrees(run: Verification, engine: Engine, id: str, count: int) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import msgspec
 
 from holdfast.care.checks.journal import journal_base
-from holdfast.care.checks.run import PAUSE_RECORDS, Manifests, Verification
+from holdfast.care.checks.run import PAUSE_RECORDS, Manifests, Verification, many
 from holdfast.care.findings import (
     OPEN,
     Finding,
@@ -95,7 +95,7 @@ def look_at_snapshots(run: Verification) -> Iterator[Finding]:
         yield Finding(
             severity="ok",
             part="snapshots",
-            found=f"{records} records in {readable_size(size)}, every one can be read",
+            found=f"{many(records, 'record')} in {readable_size(size)}, every one can be read",
         )
 
 
