@@ -543,6 +543,22 @@ def scripted(seq: int) -> Event:
     return appended(head, message(number + 1, T0_MS + seq, content=f"event {seq} {'x' * (seq % 900)}"))
 
 
+def test_what_cannot_be_applied_leaves_the_seq_where_it_was(tmp_path: Path) -> None:
+    """Rows and watermark go together: nothing of a batch is there, nor said to be, when one event of it fails."""
+    path = tmp_path / "archive.db"
+    archive = open_sqlite(path)
+    archive.apply([(1, scripted(1))], 1)
+    wrong = appended(head_of("c0", 7), message(7, T0_MS, tokens_used=2**70))
+    with pytest.raises(ArchiveError):
+        archive.apply([(2, scripted(2)), (3, wrong)], 3)
+    archive.close()
+
+    archive = open_sqlite(path)
+    assert archive.archived_seq == 1
+    _assert_holds(archive, 1)
+    archive.close()
+
+
 @pytest.mark.crash
 @pytest.mark.timeout(1200 if FULL else 120)
 def test_killed_while_it_applies(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import sqlite3
@@ -36,6 +37,7 @@ from holdfast.care.history import History
 from holdfast.care.history_follower import PACK_AFTER_S
 from holdfast.care.packing import pack
 from holdfast.care.prove import prove, settings_in
+from holdfast.care.prover import prove_apart
 from holdfast.care.rewind import state_of
 from holdfast.care.rotation import stale
 from holdfast.care.set_writer import LEFT_BYTES, digest_of
@@ -889,6 +891,43 @@ def test_history_goes_on_after_a_restart(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_moments_are_promised_only_behind_the_last_hole(tmp_path: Path) -> None:
+    """What is missing between the sets, or behind all of them, is not reached by naming the oldest set."""
+    clock = HandClock()
+    with with_history(tmp_path, clock) as engine:
+        for n in range(4):
+            if n % 2 == 0:
+                engine.backup("api")
+            do(engine, SessionPut(id=str(n), value={}))
+            engine.flush("api")
+            clock.advance(PACK_AFTER_S + 1)
+            engine.backups.history.step()
+        first, second = (format_ms(NOW_MS + round(2 * n * (PACK_AFTER_S + 1) * 1000)) for n in range(2))
+        parts = sorted((tmp_path / "data" / "backups" / "journal").iterdir())
+        assert engine.backups.listed().history.since == first
+
+        for path, since in ((parts[1], second), (parts[3], "")):
+            for gone in (path, *(tmp_path / "data" / "journal" / "kept").iterdir()):
+                gone.unlink()
+
+            assert engine.backups.listed().history.since == since
+
+
+def test_a_history_without_a_set_promises_nothing(tmp_path: Path) -> None:
+    """``holdfast backups`` says that, and what brings moments back."""
+    clock = HandClock()
+    with with_history(tmp_path, clock) as engine:
+        do(engine, SessionPut(id="1", value={}))
+        engine.flush("api")
+        clock.advance(PACK_AFTER_S + 1)
+        engine.backups.history.step()
+
+    shown = forked("backups", "--data-dir", tmp_path / "data", cwd=tmp_path)
+
+    assert shown.returncode == 0 and "no moment can be restored before the next backup" in shown.stdout
+
+
+@pytest.mark.usefixtures("quick")
 def test_history_that_no_moment_needs_is_removed(tmp_path: Path) -> None:
     """What lies before the newest proved set that is as old as ``pitr``; with 0, all of it."""
     clock = HandClock()
@@ -1040,3 +1079,68 @@ def test_the_commands_work_without_a_daemon(tmp_path: Path) -> None:
     assert verified.returncode == 1 and "users.json.zst" in verified.stdout
     assert nothing.returncode == 1 and name in nothing.stderr
     assert list_sets(data_dir)[0].proof is not None and not newest(data_dir).is_proved
+
+
+def test_two_proofs_at_one_time_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """The daily one, and that of a verification."""
+    with running(tmp_path / "data") as engine:
+        fill(engine)
+    found = taken_stopped(tmp_path / "data")
+    settings = settings_of(tmp_path / "data")
+    proofs: list[Proof] = []
+    threads = [
+        threading.Thread(target=lambda: proofs.append(prove_apart(found, settings, threading.Event()))) for _ in "123"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(ANSWER_S)
+
+    assert [proof.ok for proof in proofs] == [True] * 3, [proof.reason for proof in proofs]
+
+
+def test_a_descriptor_is_closed_once_when_a_backup_fails_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then its number may be another thread's."""
+    with running(tmp_path / "data") as engine:
+        fill(engine, 1)
+    others: list[int] = []
+
+    def fail(directory: Directory, old: str, new: str) -> None:
+        others.append(os.open(tmp_path / "other", os.O_CREAT | os.O_WRONLY))
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Directory, "rename", fail)
+    with pytest.raises(OSError, match="Input"):
+        taken_stopped(tmp_path / "data")
+
+    assert os.write(others[0], b"x") == 1
+    os.close(others[0])
+
+
+def test_a_link_is_no_backup(tmp_path: Path) -> None:
+    """What it leads to lies elsewhere, and proofs are written into sets."""
+    with running(tmp_path / "data") as engine:
+        fill(engine, 1)
+    found = taken_stopped(tmp_path / "data")
+    outside = found.path.rename(tmp_path / found.name)
+    found.path.symlink_to(outside)
+
+    assert list_sets(tmp_path / "data") == []
+
+
+def test_a_clock_that_jumps_ahead_takes_no_moment_away(tmp_path: Path) -> None:
+    """The set that the oldest of them are restored from stays until the monotonic clock confirms its age."""
+    clock = HandClock()
+    wanted = {"keep": 1, "keep_daily": 0, "keep_weekly": 0, "keep_monthly": 0, "pitr": 7 * 86400.0}
+    with running(tmp_path / "data", clock=clock, backups=wanted) as engine:
+        for _ in range(3):
+            fill(engine, 1)
+            engine.backups.take("api")
+            clock.advance(3600)
+        base = list_sets(tmp_path / "data")[-1].name
+        clock.jump(10 * 365 * 86400)
+        engine.backups.take("api")
+
+        assert list_sets(tmp_path / "data")[-1].name == base

@@ -102,6 +102,19 @@ def test_an_old_bots_directory_is_sent_to_the_daemon(cwd: Path, tmp_path: Path):
     assert holdfast("conversations", "show", "old1", cwd=cwd).stdout.count("hola") >= 1
 
 
+def test_a_span_that_ends_before_it_begins_is_refused(cwd: Path, tmp_path: Path):
+    """Nothing would be in it, and nothing is written."""
+    for since, until in (
+        ("2026-11-02", "2026-11-01"),
+        ("2h", "30d"),
+        ("2026-11-02T00:00:00Z", "2026-11-01T22:00:00-01:00"),
+    ):
+        refused = holdfast("export", tmp_path / "none.tar.zst", "--since", since, "--until", until, cwd=cwd)
+
+        assert_told_in_one_line(refused, 2, "--since")
+    assert not (tmp_path / "none.tar.zst").exists()
+
+
 def test_what_cannot_be_imported_is_told_in_one_line(cwd: Path, tmp_path: Path):
     """Nothing there, half of the records wrong, an archive cut short."""
     (tmp_path / "half.json").write_text('[{"id": "a"}, {"x": 1}]')

@@ -65,6 +65,13 @@ def test_times_survive_writing_and_reading(ms: int) -> None:
         ("2026-11-21 06:00", "2026-11-21T11:00:00+00:00"),
         ("2026-11-21T06:00:00+05:30", "2026-11-21T00:30:00+00:00"),
         ("1969-12-31T23:59:59.999Z", "1969-12-31T23:59:59.999+00:00"),
+        ("2026-11-21", "2026-11-21T05:00:00+00:00"),
+        ("2026-11-21t05:00:00z", "2026-11-21T05:00:00+00:00"),
+        ("2026-12-31T24:00", "2027-01-01T05:00:00+00:00"),
+        ("2026-12-31T24:00:00Z", "2027-01-01T00:00:00+00:00"),
+        ("2026-325T05:00Z", "2026-11-21T05:00:00+00:00"),
+        ("2026325", "2026-11-21T05:00:00+00:00"),
+        ("2026-W47-6", "2026-11-21T05:00:00+00:00"),
     ],
 )
 def test_naive_times_are_read_in_the_zone(text: str, expected: str) -> None:
@@ -91,10 +98,21 @@ def test_naive_times_around_a_clock_change(text: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "2026-11-21", "yesterday", "06:00", "2026-13-01T00:00", "1795240800000", "2026-W47"]
+    "text",
+    [
+        "",
+        "yesterday",
+        "06:00",
+        "2026-13-01T00:00",
+        "1795240800000",
+        "2026-366",
+        "2026-000",
+        "2026-11-21T24:01",
+        "2026-11",
+    ],
 )
 def test_what_is_no_moment_is_refused(text: str) -> None:
-    """A date alone, a time alone or a number is no moment."""
+    """A time alone, a month, a day that there is not or a number is no moment."""
     with pytest.raises(ValueError):
         parse_ms(text)
 

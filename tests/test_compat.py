@@ -209,8 +209,130 @@ def test_a_longer_list_costs_what_is_new(hf: Any) -> None:
     assert {events for events, _ in costs.values()} == {1}
     # The counts in the head have a few digits more.
     assert max(size for _, size in costs.values()) - min(size for _, size in costs.values()) <= 20
-    assert reads == [2, 2, 2, 2]
+    assert len(set(reads)) == 1 and reads[0] <= 20
     assert [len(storage.load_conversation(f"c{turns:05}")["messages"]) for turns in costs] == [14, 104, 1004, 10004]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("is_remembered", [True, False])
+def test_a_first_message_that_differs_each_time_costs_what_is_new(hf: Any, is_remembered: bool) -> None:
+    """A prompt with the time of day: only the new messages are appended, in one event of the same size, however long the
+    conversation is; every list is loaded as it was saved, and the messages stay what they were."""
+    costs, ages = {}, {}
+    for turns in (5, 50, 500, 5_000):
+        id = f"c{turns:05}"
+        messages = [*prompt(0), *talk(turns)]
+        first = storage.save_conversation(id, messages)
+        before = _appended(hf, id)
+        for minute in (1, 2):
+            messages = [*prompt(minute), *messages[1:], *turn(90_000 + minute)]
+            if not is_remembered:
+                storage.use(hf)
+            costs[turns] = Cost(hf).of(lambda id=id, messages=messages: storage.save_conversation(id, messages))  # type: ignore[misc]
+        found = storage.load_conversation(id)
+        ages[turns] = _appended(hf, id)[: len(before)] == before
+
+        assert found is not None and found["messages"] == messages
+        assert (found["created_at"], found["title"]) == (first["created_at"], "question 0")
+        assert hf.conversations.head(id)["last_number"] == len(messages)
+        assert list(found) == ["id", "created_at", "updated_at", "title", "messages", "escalated"]
+
+    assert all(ages.values())
+    assert {events for events, _ in costs.values()} == {1}
+    assert max(size for _, size in costs.values()) - min(size for _, size in costs.values()) <= 40
+    assert {one["message_count"] for one in storage.list_conversations()} == {14, 104, 1_004, 10_004}
+
+
+def prompt(minute: int) -> list[dict[str, Any]]:
+    """With what a bot that knows the time begins its list."""
+    return [{"role": "system", "content": f"You sell USB sticks. It is 10:{minute:02}."}]
+
+
+def _appended(hf: Any, id: str) -> list[dict[str, Any]]:
+    """The messages of the conversation as our API shows them."""
+    return list(hf.conversations.messages(id))
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        [[], prompt(1), prompt(2), []],
+        [prompt(1), talk(1), [*prompt(2), *talk(2)], talk(2), [*prompt(3), *talk(3)]],
+        [talk(2), [*prompt(1), *talk(2)], [*prompt(2), *prompt(3), *talk(3)], [*prompt(2), *talk(3)]],
+        [[*prompt(1), *talk(1)], [*prompt(1), *prompt(2), *talk(1)], [*prompt(3), *prompt(4), *talk(2)]],
+        [prompt(1), [*prompt(1), *prompt(2)], [*prompt(3), *prompt(2), *talk(1)], [*prompt(4), *prompt(2), *talk(2)]],
+        [[*prompt(1), *talk(1)], [{"role": "developer", "content": "now 10:02"}, *talk(2)], [*prompt(3), *talk(3)]],
+        [[*prompt(1), *talk(1)], [{"role": "system", "content": None, "n": 2**70}, *talk(2)]],
+        [[*prompt(1), *talk(1)], [*[prompt(n)[0] for n in range(20)], *talk(2)], [*prompt(1), *talk(3)]],
+        [[*prompt(1), *talk(1)], [{"role": "system", "content": "x" * 70_000}, *talk(2)], [*prompt(1), *talk(3)]],
+        [[*prompt(1), *talk(20)], [*prompt(2), *talk(20)[10:], *turn(20)], [*prompt(3), *talk(21)[12:], *turn(21)]],
+        [[{"role": "user", "content": "ok"}] * 30, [{"role": "user", "content": "ok"}] * 20],
+        [[*prompt(1), *[{"role": "user", "content": "ok"}] * n] for n in (30, 31, 12, 13, 14)],
+    ],
+)
+@pytest.mark.parametrize("is_remembered", [True, False])
+def test_every_list_is_loaded_as_it_was_saved(lists: list[Any], is_remembered: bool, hf: Any) -> None:
+    """Whatever its beginning does: comes, changes, becomes longer or too large, goes."""
+    for messages in lists:
+        if not is_remembered:
+            storage.use(hf)
+        saved = storage.save_conversation("c", messages)
+
+        assert storage.load_conversation("c") == saved
+        assert saved["messages"] == messages
+        count = sum(one["role"] not in ("system", "developer") for one in messages)
+        assert storage.list_conversations()[0]["message_count"] == count
+
+
+def test_what_is_still_in_an_edited_list_stays_what_it_was(hf: Any) -> None:
+    """Time, tokens, author, external id and metadata of a message outlive that the list around it changes; statistics and
+    retention go by them, and what a channel delivers again is not appended again. A new "ok" is not taken for an old one."""
+    long_ago = "2025-03-01T10:00:00.000Z"
+    given = [
+        {"role": "user", "content": "ok"},
+        {"role": "user", "content": "q1", "channel": "whatsapp", "external_id": "wamid.1", "tokens_used": 7},
+        {"role": "assistant", "content": "a1", "tokens_used": 9, "author": "agent", "metadata": {"model": "m"}},
+        {"role": "user", "content": "ok"},
+        {"role": "assistant", "content": "a2"},
+        {"role": "assistant", "content": "a3"},
+    ]
+    hf.conversations.append("c", messages=[one | {"created_at": long_ago} for one in given])
+    before = _appended(hf, "c")
+    messages = storage.load_conversation("c")["messages"]  # type: ignore[index]
+
+    edited = [
+        *messages[1:4],
+        {"role": "assistant", "content": "edited"},
+        messages[5],
+        {"role": "user", "content": "ok"},
+    ]
+    storage.save_conversation("c", edited)
+
+    after = _appended(hf, "c")
+    assert [one["content"] for one in after] == ["q1", "a1", "ok", "edited", "a3", "ok"]
+    same = [{key: value for key, value in one.items() if key != "number"} for one in before]
+    for place, was in ((0, 1), (1, 2), (2, 3), (4, 5)):
+        assert {key: value for key, value in after[place].items() if key != "number"} == same[was]
+    assert after[3]["created_at"] == long_ago
+    assert after[5]["created_at"] > "2026"
+    assert (hf.stats.storage()["messages_last_30_days"], hf.stats.storage()["tokens"]) == (1, 16)
+    again = hf.conversations.append("c", "user", "q1", channel="whatsapp", external_id="wamid.1")
+    assert again.numbers == [1] and len(_appended(hf, "c")) == 6
+    assert storage.load_conversation("c")["messages"] == edited  # type: ignore[index]
+
+
+def test_the_order_of_a_list_does_not_matter_to_what_stays(hf: Any) -> None:
+    """Also a list that was turned round or shuffled keeps the times; one of many messages is aligned in a moment."""
+    long_ago = "2025-03-01T10:00:00.000Z"
+    hf.conversations.append("c", messages=[one | {"created_at": long_ago} for one in talk(400)])
+    same = [{"role": "user", "content": "ok"}] * 1_000
+    hf.conversations.append("same", messages=[one | {"created_at": long_ago} for one in same])
+
+    storage.save_conversation("c", talk(400)[::-1])
+    started = time.monotonic()
+    storage.save_conversation("same", same[:-1])
+
+    assert {one["created_at"] for one in [*_appended(hf, "c"), *_appended(hf, "same")]} == {long_ago}
+    assert time.monotonic() - started < 5
 
 
 def _messages_read(hf: Any, action: Callable[[], object]) -> int:
@@ -243,21 +365,22 @@ def _messages_read(hf: Any, action: Callable[[], object]) -> int:
         (lambda messages: [*messages[:-1], {"role": "assistant", "content": "edited"}, *turn(9)], True),
         (lambda messages: [*messages[:3], {"role": "user", "content": "edited"}, *messages[4:]], True),
         (lambda messages: list(reversed(messages)), True),
+        (lambda messages: [*messages[:-5], {"role": "user", "content": "edited"}, *messages[-4:], *turn(9)], True),
         (lambda messages: [*messages[:3], {"role": "user", "content": "edited"}, *messages[4:], *turn(9)], False),
     ],
 )
 def test_a_list_that_was_edited_replaces_the_conversation(
     change: Callable[[Any], Any], is_noticed_at_once: bool, data: Path
 ) -> None:
-    """Shortened, or different where a continuation would not be: what is saved is what is loaded. An old message changed in
-    between, in a list that grew, is noticed when the list is saved again."""
-    first = storage.save_conversation("c", talk(4), escalated=True, title="Mine")
-    changed = change(talk(4))
+    """Shortened, or different where a continuation would not be: what is saved is what is loaded. One of the last
+    messages changed in a list that grew is noticed as well, an older one when the list is saved again."""
+    first = storage.save_conversation("c", talk(10), escalated=True, title="Mine")
+    changed = change(talk(10))
 
     storage.save_conversation("c", changed, escalated=True)
 
     if not is_noticed_at_once:
-        assert storage.load_conversation("c")["messages"] == talk(4) + turn(9)  # type: ignore[index]
+        assert storage.load_conversation("c")["messages"] == talk(10) + turn(9)  # type: ignore[index]
         storage.save_conversation("c", changed, escalated=True)
     found = storage.load_conversation("c")
     assert found is not None and found["messages"] == changed
@@ -302,6 +425,117 @@ def test_a_legal_hold_keeps_every_message(hf: Any) -> None:
 
     assert held.value.errno == errno.EPERM and "legal hold" in held.value.strerror
     assert storage.load_conversation("c")["messages"] == talk(3)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("whose", ["conversation", "person"])
+def test_under_a_legal_hold_new_messages_are_stored(whose: str, either: Path) -> None:
+    """With another prompt, or with few messages in place of those that the bot cut off: what was saved is loaded, and everything is kept."""
+    storage.save_conversation("c", [*prompt(0), *talk(20)])
+    hf = storage._shared.holdfast()
+    hf.conversations.put("c", {"user_id": "u1"})
+    if whose == "conversation":
+        hf.conversations.hold("c", reason="court")
+    else:
+        hf.conversations.hold_person("u1", reason="court")
+    said = talk(20)
+    for number in range(20, 24):
+        said += turn(number)
+        for messages in (
+            [*prompt(number), *said],
+            [*prompt(number), {"role": "assistant", "content": "in short: …"}, *said[-6:]],
+            [*said[:3], {"role": "user", "content": "edited"}, *said[4:]],
+            said[-4:],
+        ):
+            saved = storage.save_conversation("c", messages)
+
+            assert storage.load_conversation("c") == saved and saved["messages"] == messages
+            shown = sum(one["role"] != "system" for one in messages)
+            assert storage.list_conversations()[0]["message_count"] == shown
+    assert [one["content"] for one in _appended(hf, "c")] == [one["content"] for one in [*prompt(0), *said]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda messages: [*messages[:-4], {"role": "user", "content": "edited"}, *messages[-3:]],
+        lambda messages: [*messages[:-1], {"role": "user", "content": "edited"}],
+        lambda messages: messages[:-1],
+    ],
+)
+def test_a_legal_hold_refuses_only_what_it_forbids(change: Callable[[Any], Any], hf: Any) -> None:
+    """A message that was changed or left out stays as it was, which is told each time; those after it are stored, once."""
+    messages = talk(20)
+    storage.save_conversation("c", messages)
+    hf.conversations.hold("c", reason="court")
+    changed = change(messages)
+
+    for number in (20, 21):
+        changed = [*changed, *turn(number)]
+        for _ in range(2):
+            with pytest.raises(OSError) as held:
+                storage.save_conversation("c", changed)
+            assert held.value.errno == errno.EPERM and "legal hold" in held.value.strerror
+
+    kept = storage.load_conversation("c")["messages"]  # type: ignore[index]
+    assert kept[:40] == messages and kept[-4:] == [*turn(20), *turn(21)]
+    assert len(kept) <= 45
+
+
+def test_what_a_hold_hid_may_be_let_go_later(hf: Any) -> None:
+    """When retention deletes of it, after the hold, the list is loaded as before, counted as before, and goes on."""
+    from holdfast.ops import MessageExpire
+
+    storage.save_conversation("c", talk(20))
+    hf.conversations.hold("c", reason="court")
+    storage.save_conversation("c", talk(20)[-4:])
+    hf.conversations.hold("c", False)
+    hf.engine.submit(MessageExpire(id="c", before_ms=2**45, up_to=6, messages=6, system=0, tokens=0)).wait()
+
+    assert storage.load_conversation("c")["messages"] == talk(20)[-4:]  # type: ignore[index]
+    assert storage.list_conversations()[0]["message_count"] == 4
+    storage.save_conversation("c", talk(20)[-4:] + turn(20))
+
+    assert storage.load_conversation("c")["messages"] == talk(20)[-4:] + turn(20)  # type: ignore[index]
+    assert hf.conversations.head("c")["last_number"] == 42
+
+
+def test_a_changing_prompt_outlives_what_is_let_go(hf: Any) -> None:
+    """Retention may delete the oldest messages: a bot that still has them in its list does not bring them back, and neither
+    does one that loads the list."""
+    from holdfast.ops import MessageExpire
+
+    for minute, turns in ((0, 5), (1, 6)):
+        storage.save_conversation("c", [*prompt(minute), *talk(turns)])
+    hf.engine.submit(MessageExpire(id="c", before_ms=2**45, up_to=5, messages=5, system=1, tokens=0)).wait()
+    assert storage.load_conversation("c")["messages"] == [*prompt(1), *talk(6)[4:]]  # type: ignore[index]
+
+    storage.save_conversation("c", [*prompt(2), *talk(7)])
+    assert storage.load_conversation("c")["messages"] == [*prompt(2), *talk(7)[4:]]  # type: ignore[index]
+    storage.save_conversation("c", [*prompt(3), *talk(8)[4:]])
+    assert storage.load_conversation("c")["messages"] == [*prompt(3), *talk(8)[4:]]  # type: ignore[index]
+    storage.use(hf)
+    storage.save_conversation("c", [*prompt(4), *talk(9)[4:]])
+
+    assert storage.load_conversation("c")["messages"] == [*prompt(4), *talk(9)[4:]]  # type: ignore[index]
+    assert hf.conversations.head("c")["last_number"] == 19
+
+
+def test_a_beginning_that_went_through_other_hands_is_no_obstacle(hf: Any) -> None:
+    """As in a redacted export: the list begins with what is stored, and can be saved again."""
+    storage.save_conversation("c", [*prompt(0), *talk(2)])
+    storage.save_conversation("c", [*prompt(1), *talk(2)])
+    for spoilt in (
+        {"beginning": "mine"},
+        {"beginning": {"after": 1, "hidden": 0, "messages": "[redacted]"}},
+        {"beginning": {"after": 1, "hidden": 0, "messages": "7"}},
+        "mine",
+    ):
+        hf.conversations.put("c", {"_original": spoilt})
+
+        assert storage.load_conversation("c")["messages"] == [*prompt(0), *talk(2)]  # type: ignore[index]
+        saved = storage.save_conversation("c", [*prompt(2), *talk(2)])
+        assert storage.load_conversation("c") == saved
+    assert saved["_original"] == "mine"
 
 
 def test_others_may_append_in_between(hf: Any) -> None:
@@ -489,6 +723,61 @@ def test_the_files_of_the_bot_before_are_there(data: Path) -> None:
     assert (
         storage.save_conversation("c1", [*old["messages"], *turn(1)], escalated=True)["created_at"] == old["created_at"]
     )
+
+
+def test_old_times_are_shown_as_they_were_written(data: Path) -> None:
+    """To the microsecond, with or without a zone, for as long as they stand for the same moment; ours are to the millisecond."""
+    old = {
+        "c1": {"created_at": "2026-11-01T10:00:00.033812", "updated_at": "2026-11-01T10:05:00.999999"},
+        "c2": {"created_at": "2026-11-01T10:00:00+00:00", "updated_at": "2026-11-02T10:00:00.5Z", "_original": "mine"},
+        "c3": {"created_at": "2026-11-01 10:00:00", "updated_at": "2026-11-03T10:00:00.000Z", "_original": {"a": 1}},
+    }
+    said = [{"role": "user", "content": "Hola", "timestamp": "2026-11-01T10:00:00.033812"}]
+    conversations = [old_conversation(id, said, **times) for id, times in old.items()]
+    escalations = [
+        old_escalation("c1", timestamp="2026-11-01T10:01:00.000001"),
+        old_escalation("c2", timestamp="2026-11-01T10:01:00.123Z", contact_info=None),
+        old_escalation("c3", timestamp="2026-11-01T10:01:00.123456", contact_info={"_original": ["odd"]}),
+    ]
+    left(data, conversations=conversations, escalations=escalations)
+
+    assert storage.load_conversation("c1") == conversations[0] | {"escalated": True}
+    assert storage.load_conversation("c2") == conversations[1] | {"escalated": True}
+    # What is exactly our own form is ours, and shown as all of ours is.
+    assert storage.load_conversation("c3") == conversations[2] | {
+        "escalated": True,
+        "updated_at": "2026-11-03T05:00:00",
+    }
+    times = {one["id"]: (one["created_at"], one["updated_at"]) for one in storage.list_conversations()}
+    assert times["c1"] == ("2026-11-01T10:00:00.033812", "2026-11-01T10:05:00.999999")
+    assert [storage.load_escalation(id) for id in ("c1", "c3")] == [escalations[0], escalations[2]]
+    assert storage.load_escalation("c2") == escalations[1] | {"timestamp": "2026-11-01T05:01:00.123000"}
+    assert sorted(one["timestamp"] for one in storage.list_escalations()) == sorted(
+        ["2026-11-01T05:01:00.123000", "2026-11-01T10:01:00.000001", "2026-11-01T10:01:00.123456"]
+    )
+
+    saved = storage.save_conversation("c1", [*prompt(1), *turn(1)], escalated=True)
+    assert saved["created_at"] == "2026-11-01T10:00:00.033812" and saved["updated_at"] > "2026-11-02"
+    again = storage.save_escalation("c1", "angry", {"mobile": "57"})
+    assert again == escalations[0] | {"reason": "angry", "contact_info": {"mobile": "57"}, "priority": "low"}
+    storage.close()
+    assert storage.load_conversation("c1") == saved and storage.load_escalation("c1") == again
+
+
+def test_times_in_messages_stay_as_they_are(either: Path) -> None:
+    """However exact, and whether they are times at all; also when the list is replaced."""
+    messages = [
+        {"role": "user", "content": f"m{number}", field: text}
+        for number, (field, text) in enumerate(
+            (field, text)
+            for field in ("timestamp", "created_at")
+            for text in ("2026-11-01T10:00:00.123456", "2026-11-01T10:00:00.1Z", "2026-11-01 10:00", "today", 17, None)
+        )
+    ]
+    storage.save_conversation("c", messages)
+    assert storage.load_conversation("c")["messages"] == messages  # type: ignore[index]
+    storage.save_conversation("c", messages[1:])
+    assert storage.load_conversation("c")["messages"] == messages[1:]  # type: ignore[index]
 
 
 # Letting go.

@@ -464,6 +464,8 @@ def test_an_escalation_marks_its_conversation() -> None:
 
     assert (answer.status, answer.id, answer.version) == (200, "c", 1)
     assert (head(world)["escalated"], head(world)["handler"]) == (True, "waiting")
+    world.do(ConversationPut(id="c", value={"escalated": False, "topic": "a head that was read before"}))
+    assert (head(world)["escalated"], head(world)["handler"]) == (True, "waiting")
     assert world.value("escalations", "c") == {
         "id": "c",
         "conversation_id": "c",

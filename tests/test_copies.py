@@ -114,6 +114,13 @@ def make_set(settings: Settings, at: str, *contents: bytes, proof: bool = True) 
     return read_set(path)
 
 
+def change_a_byte(path: Path) -> None:
+    """As a disk does in time; the links to it change with it."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -456,6 +463,111 @@ def test_a_server_that_quotes_the_credentials_makes_nobody_tell_them(tmp_path: P
 
     assert "Credential=***" in str(found.value)
     assert "AKIAEXAMPLE" not in str(found.value)
+
+
+def test_a_backup_that_is_damaged_here_is_fetched_anew(place: Settings) -> None:
+    """The good copy takes its name; the damaged one goes to quarantine/, with a report."""
+    made = make_set(place, "2026-11-21T14:00:00.000Z", SAME, OTHER)
+    store = store_of(place)
+    store.put(made, NEVER)
+    change_a_byte(made.path / "file-0.json.zst")
+    damaged = (made.path / "file-0.json.zst").read_bytes()
+
+    fetched = fetch(store, made.name, place.data_dir)
+
+    assert b"".join(content_of(fetched.found, "file-0.json")) == SAME
+    assert fetched.bytes == len(damaged), "the other file was here"
+    report, aside = sorted((place.data_dir / "quarantine").iterdir(), key=os.path.isdir)
+    assert aside.name.endswith(made.name) and (aside / "file-0.json.zst").read_bytes() == damaged
+    assert "file-0.json.zst" in report.read_text() and fetched.set_aside == f"quarantine/{aside.name}"
+    again = fetch(store, made.name, place.data_dir)
+    assert (again.bytes, again.set_aside) == (0, "")
+
+
+def test_a_damaged_file_here_is_no_part_of_what_is_fetched(place: Settings) -> None:
+    """It is of another backup, and is what a link would have been to."""
+    made = make_set(place, "2026-11-21T14:00:00.000Z", SAME)
+    store = store_of(place)
+    store.put(made, NEVER)
+    made.path.rename(made.path.with_name("2026-11-20T140000.000Z"))
+    change_a_byte(made.path.with_name("2026-11-20T140000.000Z") / "file-0.json.zst")
+
+    fetched = fetch(store, made.name, place.data_dir)
+
+    assert b"".join(content_of(fetched.found, "file-0.json")) == SAME
+    assert fetched.set_aside == "", "nobody asked for that one"
+
+
+def test_what_rotted_there_is_not_handed_on(tmp_path: Path) -> None:
+    """A file of an earlier copy is read before a later one shares it; when it is another by now, it is sent again."""
+    second = tmp_path / "second"
+    second.mkdir()
+    settings = settings_for(tmp_path, str(second))
+    store = store_of(settings)
+    for day in (18, 19):
+        store.put(make_set(settings, f"2026-11-{day}T14:00:00.000Z", SAME, OTHER), NEVER)
+    change_a_byte(second / "2026-11-19T140000.000Z" / "file-0.json.zst")
+    third = make_set(settings, "2026-11-20T14:00:00.000Z", SAME, OTHER)
+
+    sent = store.put(third, NEVER)
+    after = store.put(make_set(settings, "2026-11-21T14:00:00.000Z", SAME, OTHER), NEVER)
+
+    assert sent.files == 1
+    assert after.files == 0, "there is a good one again"
+    for found in store.sets()[:2]:
+        assert b"".join(content_of(found, "file-0.json")) == SAME
+
+
+def test_an_object_that_nobody_has_read_again_is_sent_anew(tmp_path: Path, server: str) -> None:
+    """It has the size, and belongs to no set: a copy was broken off, or came back changed."""
+    settings = bucket_settings(tmp_path, server)
+    store: Any = store_of(settings)
+    made = make_set(settings, "2026-11-21T14:00:00.000Z", SAME, OTHER)
+    assert made.manifest is not None
+    stored = made.manifest.files["file-0.json"]
+    store._send(f"objects/{stored.stored_sha256}", [bytes(stored.stored_bytes)])
+
+    sent = store.put(made, NEVER)
+
+    assert sent.files == 2
+    assert sha256(b"".join(store.read(made, stored))) == stored.stored_sha256
+
+
+def test_a_copy_that_can_no_longer_be_read_makes_room_for_a_good_one(tmp_path: Path) -> None:
+    """It is put aside beside it, holds up no other copy, and goes when the sets of its time have gone."""
+    second = tmp_path / "second"
+    second.mkdir()
+    settings = settings_for(tmp_path, str(second), copy_keep=2)
+    store = store_of(settings)
+    made = make_set(settings, "2026-11-19T14:00:00.000Z", SAME)
+    store.put(made, NEVER)
+    (second / made.name / SET_FILE).write_bytes(b"")
+    later = make_set(settings, "2026-11-20T14:00:00.000Z", OTHER)
+
+    copies = running(settings, Log())
+    try:
+        wait_until(lambda: len([one for one in store.sets() if one.manifest]) == 2)
+        aside = second / f"damaged-{made.name}"
+        assert aside.is_dir() and (second / later.name).is_dir() and not copies.state.failure
+        make_set(settings, "2026-11-21T14:00:00.000Z", OTHER)
+        wait_until(lambda: not (second / made.name).exists() and not aside.exists())
+    finally:
+        assert copies.close()
+
+
+def test_what_was_left_half_done_there_is_removed(tmp_path: Path) -> None:
+    """Of sets and of the history; what somebody else keeps there stays."""
+    journal = tmp_path / "second" / "journal"
+    journal.mkdir(parents=True)
+    name = f"{1:020d}-{8:020d}.jsonl.zst"
+    for one in (f".{name}.4711.tmp", name, "notes.txt"):
+        (journal / one).write_bytes(b"events")
+    (tmp_path / "second" / ".2026-11-21T140000.000Z.4711.tmp").mkdir()
+
+    store_of(settings_for(tmp_path, str(tmp_path / "second"))).tidy()
+
+    assert sorted(os.listdir(journal)) == [name, "notes.txt"]
+    assert os.listdir(tmp_path / "second") == ["journal"]
 
 
 def test_objects_that_no_set_needs_go_after_a_day(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:

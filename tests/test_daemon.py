@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyrage
 import pytest
 
 from tests.crash.harness import clean_environ
@@ -235,6 +236,38 @@ def test_invalid_settings_are_refused_whole(start: Start, tmp_path: Path) -> Non
 
     assert "shutdown_timeout" in rejected["reason"] and "soon" in rejected["reason"]
     assert reloaded["changed"] == ["flush_every"]
+
+
+def test_a_key_that_is_missing_is_told_until_it_is_there(start: Start, tmp_path: Path) -> None:
+    """It serves, since the key may stand on a disk that is mounted later; /readyz and one line of the log say it."""
+    key = tmp_path / "key.txt"
+    daemon = start("--set", f"backups.identity_file={key}").ready()
+
+    warned = daemon.event("backup.key_missing")
+    reasons = [daemon.request("GET", "/readyz")[1]["reasons"]]
+    key.write_text(str(pyrage.x25519.Identity.generate()))
+    key.chmod(0o600)
+    daemon.send(signal.SIGHUP)
+    daemon.event("config.reloaded")
+    reasons.append(daemon.request("GET", "/readyz")[1]["reasons"])
+
+    assert warned["level"] == "warning" and str(key) in warned["reason"]
+    assert reasons == [[warned["reason"]], []]
+    assert daemon.names().count("backup.key_missing") == 1
+
+
+@pytest.mark.parametrize("recipients", ["age1abc", "/nowhere/recipients.txt"])
+def test_recipients_that_are_none_are_a_settings_error(start: Start, tmp_path: Path, recipients: str) -> None:
+    """At the start with exit code 2, at a reload with the old settings kept; not first when a backup is to be made."""
+    refused = start("--set", f"backups.recipients={recipients}", data_dir=tmp_path / "refused" / "data")
+    daemon = start().ready()
+    (tmp_path / "holdfast.toml").write_text(f'[backups]\nrecipients = ["{recipients}"]\n')
+
+    daemon.send(signal.SIGHUP)
+    rejected = daemon.event("config.rejected")
+
+    assert refused.wait() == 2 and recipients.encode() in refused.stderr and refused.stderr.count(b"\n") == 1
+    assert recipients in rejected["reason"]
 
 
 def test_a_changed_settings_file_is_noticed(start: Start, tmp_path: Path) -> None:

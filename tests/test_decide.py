@@ -252,7 +252,7 @@ def test_put_keeps_a_given_activity_and_fills_in_an_absent_one() -> None:
     assert world.value("sessions", "1")["n"] == 1
 
 
-@pytest.mark.parametrize("given", [5, None, "", "2026-11-21", "soon", ["x"]])
+@pytest.mark.parametrize("given", [5, None, "", "2026-11", "soon", ["x"]])
 def test_an_activity_that_is_no_time_is_refused(given: object) -> None:
     """It could never expire."""
     World().refused(SessionPut(id="1", value={"lastActivity": given}), InvalidRecord)
@@ -420,6 +420,21 @@ def test_repeating_a_completion_tells_the_first_one() -> None:
     assert again == first
     assert world.value("completed_orders", "1")["revenue"] == 5
     assert world.value("orders", "1") is None
+
+
+def test_revenue_that_is_told_later_counts_once() -> None:
+    """The completion was counted already; an order that was deleted and begun anew counts nothing a second time."""
+    world = World()
+    for _ in range(2):
+        world.do(OrderPut(id="1", value={}))
+        world.do(OrderComplete(id="1"))
+        paid = world.do(OrderComplete(id="1", revenue=Decimal("10.10")))
+        again = world.do(OrderComplete(id="1", revenue=Decimal("99")))
+        assert paid == again and world.value("completed_orders", "1")["revenue"] == 10.1
+        assert world.totals() == (1, 1, Decimal("10.10"))
+        world.do(OrderDelete(id="1"))
+
+    assert world.state.sales.days["2026-11-21"]["completedOrders"] == 1
 
 
 def test_a_completed_order_keeps_its_revenue_digit_by_digit() -> None:

@@ -632,6 +632,19 @@ def test_settings_have_defaults_and_are_saved_at_once(storage: FileStorage) -> N
     assert config.get("auto_save") is False
 
 
+def test_a_setting_is_the_same_before_and_after_it_is_loaded_again(storage: FileStorage) -> None:
+    """As it is stored: a date is text, a tuple a list."""
+    config = ConfigManager(storage)
+    config.set("since", {"day": date(2026, 11, 21), "at": datetime(2026, 11, 21, 14, 3), "of": (1, 2)})
+    config.config["until"] = date(2026, 12, 1)
+    config.save_config()
+    seen = dict(config.config)
+
+    assert config.get("since") == {"day": "2026-11-21", "at": "2026-11-21T14:03:00", "of": [1, 2]}
+    assert config.get("until") == "2026-12-01"
+    assert seen == config.load_config()
+
+
 def test_a_setting_that_cannot_be_saved_is_not_set(storage: FileStorage) -> None:
     """What is refused leaves the old value, here and in the file."""
     config = ConfigManager(storage)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.care.history import History, HistoryGap
+from holdfast.care.history import History, HistoryGap, holes_of
 from holdfast.care.packing import pack
 from holdfast.clock import format_ms
 from holdfast.disk.journal import KEPT, encode_line, segment_name
@@ -148,3 +148,39 @@ def test_a_directory_without_anything_has_no_history(tmp_path: Path) -> None:
 
     assert history.parts() == []
     assert history.seq_at(5, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("gone", "holes"),
+    [
+        ([], []),
+        (["backups/journal/*"], []),  # that is where it begins
+        (["journal/kept/*"], [(11, 20)]),
+        (["journal/0*"], [(21, 30)]),
+        (["journal/kept/*", "journal/0*"], [(11, 30)]),
+    ],
+)
+def test_holes_are_found_by_names_and_ends(history: History, tmp_path: Path, gone: list[str], holes: object) -> None:
+    """In the middle and at the end; nothing is unpacked for that."""
+    for pattern in gone:
+        for path in tmp_path.glob(pattern):
+            if path.is_file():
+                path.unlink()
+
+    assert holes_of(history.parts(), 30, ()) == holes
+
+
+def test_a_segment_does_not_stand_for_one_that_is_missing_behind_it(tmp_path: Path) -> None:
+    """Where its last event can be read, that is its end, whatever begins next."""
+    segment(tmp_path, 1, 10, kept=True)
+    segment(tmp_path, 21, 30)
+
+    assert holes_of(History(tmp_path).parts(), 30, ()) == [(11, 20)]
+
+
+def test_numbers_of_restored_states_are_no_holes(history: History, tmp_path: Path) -> None:
+    """No event has them; what is missing around them is."""
+    (tmp_path / "journal" / KEPT / segment_name(11)).unlink()
+
+    assert holes_of(history.parts(), 32, range(11, 21)) == [(31, 32)]
+    assert holes_of(history.parts(), 32, [5, 14, 32]) == [(11, 13), (15, 20), (31, 31)]

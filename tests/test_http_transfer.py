@@ -64,7 +64,16 @@ def test_what_is_no_archive_is_refused_with_the_reason(tmp_path: Path):
         ):
             answer = await served.ask("POST", f"/v1/admin/import{path}", body=body, headers={"Content-Type": "application/octet-stream"})  # fmt: skip
             assert (answer.status, part in answer.json["detail"]) == (status, True), answer
-        for path in ("collection=none", "conversation=none", "state=x", "where=nothing", "since=yesterday", "redact=1"):
+        turned = "since=2026-11-02T00:00:00Z&until=2026-11-01T00:00:00Z"
+        for path in (
+            "collection=none",
+            "conversation=none",
+            "state=x",
+            "where=nothing",
+            "since=yesterday",
+            "redact=1",
+            turned,
+        ):
             assert (await served.ask("GET", f"/v1/export?{path}")).status in (400, 404), path
         assert served.engine.status()["seq"] == before
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -17,7 +21,7 @@ import pytest
 from holdfast.care.edited import EditedFiles
 from holdfast.care.inbox import INBOX, PATIENCE_S, RETRY_S, SETTLE_S, Inbox
 from holdfast.care.merge import merge
-from holdfast.clock import format_ms
+from holdfast.clock import Clock, format_ms
 from holdfast.disk.files import Directory
 from holdfast.engine import Engine
 from holdfast.ops import (
@@ -30,6 +34,7 @@ from holdfast.ops import (
     SessionPut,
     StatsOrder,
 )
+from holdfast.service import inbox as inbox_service
 from tests.cli_harness import daemon_in, start_daemon
 from tests.cli_harness import forked as holdfast
 from tests.engine_harness import NOW, NOW_MS, Disk, HandClock, Log, do, opened, running, value_of
@@ -318,6 +323,162 @@ def test_a_file_that_cannot_be_moved_keeps_no_other_waiting(place: Place, monkey
     assert said["reason"] == "it cannot be put away: Permission denied"
     monkeypatch.setattr(Directory, "move", move)
     assert place.look(RETRY_S) == 1
+
+
+def test_a_file_that_cannot_be_moved_is_merged_once(place: Place, monkeypatch: pytest.MonkeyPatch):
+    """What was removed since does not come back with each try; what is written into it then is merged again."""
+    place.put("notes.json", NOTES, is_old=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(Directory, "move", refuse_with(errno.ENOSPC))
+        assert place.look() == 0
+        do(place.engine, RecordDelete(collection="notes", id="n1"))
+        assert place.look(RETRY_S) == 0
+        assert place.engine.count("notes") == 0
+        place.put("notes.json", [*NOTES, {"id": "n2"}])
+        assert [place.look(RETRY_S), place.look(SETTLE_S)] == [0, 0]
+        assert place.engine.count("notes") == 2
+        do(place.engine, RecordDelete(collection="notes", id="n1"))
+
+    assert place.look(RETRY_S) == 1
+
+    assert place.engine.count("notes") == 1
+    assert (place.names("done"), place.names("rejected")) == (["notes.json"], [])
+    assert len(place.log.named("inbox.merged")) == 1
+
+
+def test_a_report_that_cannot_be_written_keeps_no_other_waiting(place: Place, monkeypatch: pytest.MonkeyPatch):
+    """The file of which it tells stays until there is room, and then has one report."""
+    place.put("a.json", "[1]", is_old=True)
+    place.put("notes.json", NOTES, is_old=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(Directory, "_write_new", refuse_with(errno.ENOSPC))
+        assert place.look() == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(Directory, "move", refuse_with(errno.EACCES))
+        assert place.look(RETRY_S) == 0
+
+    assert place.engine.count("notes") == 1
+    assert (place.path / "a.json").exists() and place.names("rejected") == []
+    assert "no room" in place.log.named("inbox.postponed")[0]["reason"]
+    assert place.look(RETRY_S) == 1
+    assert place.names("rejected") == ["a.json", "a.json.report.txt"]
+
+
+def refuse_with(number: int) -> Callable[..., None]:
+    """A call to the disk that is refused."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def test_a_fault_of_ours_keeps_no_other_waiting(place: Place, monkeypatch: pytest.MonkeyPatch):
+    """The file that brought it out is put aside with what is known; it is not said that nothing was changed."""
+
+    def merge_with_fault(engine: Engine, given: Any, **options: Any) -> Any:
+        if given.parts[0].name == "a.json":
+            raise AttributeError("a phone, say")
+        return merge(engine, given, **options)
+
+    monkeypatch.setattr("holdfast.care.inbox.merge", merge_with_fault)
+    place.put("a.json", NOTES, is_old=True)
+    place.put("b.json", NOTES, is_old=True)
+
+    assert place.look() == 2
+
+    assert (place.names("done"), place.names("rejected")) == (["b.json"], ["a.json", "a.json.report.txt"])
+    report = (place.path / "rejected" / "a.json.report.txt").read_text()
+    assert "AttributeError" in report and "phone" not in report and "Nothing was changed" not in report
+    assert place.log.named("inbox.failed")
+
+
+def test_a_file_for_which_there_is_no_memory_is_rejected(tmp_path: Path):
+    """And does not end the process, which would meet it again at its next start; the next file has its turn."""
+    program = """
+import os, resource, sys
+from pathlib import Path
+from holdfast.care.inbox import Inbox
+from tests.engine_harness import opened
+engine = opened(Path(sys.argv[1]))
+inbox = Inbox(engine)
+big, small = (Path(sys.argv[1]) / "inbox" / name for name in ("big.json", "small.json"))
+big.write_text("[" + ",".join('{"id":"%d","text":"%s"}' % (number, "x" * 1000) for number in range(30_000)) + "]")
+small.write_text('[{"id":"n1"}]')
+inbox.look(["small.json"])
+small.write_text('[{"id":"n2"}]')
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + (48 << 20), resource.RLIM_INFINITY))
+print(inbox.look(["big.json", "small.json"]), engine.count("big"), engine.count("small"))
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+inbox.close()
+engine.close()
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "data"], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (ran.returncode, ran.stdout) == (0, "2 0 2\n"), ran.stderr
+    report = (tmp_path / "data" / "inbox" / "rejected" / "big.json.report.txt").read_text()
+    assert "more memory than there is" in report and "split it" in report
+
+
+@pytest.mark.parametrize("excess", [-1, 0, 1])
+def test_less_of_a_file_is_held_in_memory_than_of_an_import(place: Place, monkeypatch: pytest.MonkeyPatch, excess: int):
+    """The limit is of what must be there at a time: an array or a conversation in one piece, a line; no file of many lines."""
+    monkeypatch.setattr("holdfast.care.inbox.HELD_BYTES_MAX", 1000)
+    array = '[{"id":"n1","text":"%s"}]'
+    talk = '{"id":"c1","messages":[{"role":"user","content":"%s"}]}'
+    # A line of the largest size may be the beginning of a longer one.
+    contents = {
+        "notes.json": (array, 0),
+        "573.json": (talk, 0),
+        "conversations.jsonl": (talk.replace("c1", "c2") + "\n", -1),
+    }
+    for name, (form, less) in contents.items():
+        place.put(name, form % ("x" * (1000 + less + excess - len(form) + 2)), is_old=True)
+    many = ",\n".join(json.dumps({"id": str(number)}) for number in range(500))
+    place.put("many.json", f"[\n{many}\n]\n", is_old=True)
+
+    place.look()
+
+    assert place.engine.count("many") == 500
+    rejected = [] if excess <= 0 else sorted(contents)
+    assert [name for name in place.names("rejected") if not name.endswith("report.txt")] == rejected
+    for name in rejected:
+        report = (place.path / "rejected" / f"{name}.report.txt").read_text()
+        assert "at most 1000 bytes" in report and "`holdfast import`" in report
+
+
+def test_a_look_that_fails_is_not_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever it was: neither the first, before the daemon is ready, nor a later one."""
+    monkeypatch.setattr(inbox_service, "FAILED_PAUSE_S", 0.01)
+    looks = []
+    look = Inbox.look
+
+    def look_with_fault(self: Inbox, *arguments: Any, **options: Any) -> int:
+        looks.append(look)
+        if len(looks) <= 2:
+            raise RecursionError
+        return look(self, *arguments, **options)
+
+    monkeypatch.setattr(Inbox, "look", look_with_fault)
+
+    async def serve() -> None:
+        service = inbox_service.InboxService(engine)
+        await service.start()
+        (tmp_path / "new.json").write_text(json.dumps(NOTES))
+        (tmp_path / "new.json").rename(tmp_path / "data" / INBOX / "notes.json")
+        until = time.monotonic() + 10
+        while not engine.count("notes"):
+            assert time.monotonic() < until
+            await asyncio.sleep(0.02)
+        await service.stop()
+
+    with running(tmp_path / "data", clock=Clock()) as engine:
+        asyncio.run(serve())
+
+    assert len(looks) > 2
 
 
 # Edits.

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from holdfast.errors import DataRefused
+from tests.engine_harness import Log, running
 from tests.replay import Client, Daemon, listed
 
 SESSIONS = 300
@@ -273,6 +275,67 @@ def test_the_files_that_replace_them_load_the_same(loaded: Loaded) -> None:
         again.close()
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{", "truncated"),
+        (b"", "truncated"),
+        (b"[1]", "user_id"),
+        (b'{"user_id": [1]}', "user_id"),
+        (b'{"user_id": "big", "n": 1%030d}' % 0, "exactly"),
+    ],
+)
+def test_a_profile_that_cannot_be_taken_is_told_and_kept_aside(content: bytes, reason: str, tmp_path: Path) -> None:
+    """As a damaged file is: in the log, in `degraded` until the next start, and in quarantine/ with a report."""
+    (tmp_path / "users").mkdir()
+    (tmp_path / "users" / "good.json").write_bytes(b'\xef\xbb\xbf{"user_id": "good"}')
+    (tmp_path / "users" / "bad.json").write_bytes(content)
+    log = Log()
+
+    with running(tmp_path, log=log) as engine:
+        assert [item.id for item in engine.page("users").items] == ["good"]
+        (told,) = engine.degraded
+    with running(tmp_path) as engine:
+        assert (engine.count("users"), engine.degraded) == (1, [])
+
+    assert "users/bad.json" in told and reason in told
+    (event,) = log.named("snapshot.damaged")
+    assert event["file"] == "users/bad.json" and reason in event["reason"]
+    (kept,) = tmp_path.glob("quarantine/*-users-bad.json")
+    assert kept.read_bytes() == content
+    report = json.loads(kept.with_name(f"{kept.name}.report.json").read_bytes())
+    assert report["file"] == "users/bad.json" and reason in report["reason"]
+    assert [path.name for path in (tmp_path / "users").iterdir()] == ["good.json"]
+
+
+def test_whose_a_profile_is_its_name_says_as_well(tmp_path: Path) -> None:
+    """Where the profile itself does not; a name that can be no id makes it one that cannot be taken."""
+    (tmp_path / "users").mkdir()
+    for name, profile in {"57": {"n": 1}, "58": {"user_id": "", "n": 2}, "59": {"user_id": "60"}, "\x7f": {}}.items():
+        (tmp_path / "users" / f"{name}.json").write_text(json.dumps(profile))
+
+    with running(tmp_path) as engine:
+        users = {item.id: json.loads(item.value) for item in engine.page("users").items}
+        assert len(engine.degraded) == 1
+
+    assert users == {
+        "57": {"n": 1, "user_id": "57"},
+        "58": {"user_id": "58", "n": 2},
+        "60": {"user_id": "60"},
+    }
+
+
+def test_a_profile_that_cannot_be_taken_is_a_reason_not_to_start(tmp_path: Path) -> None:
+    """For who wants to be asked; then it stays where it is."""
+    (tmp_path / "users").mkdir()
+    (tmp_path / "users" / "bad.json").write_bytes(b"{")
+
+    with pytest.raises(DataRefused, match=r"users/bad\.json"), running(tmp_path, recovery="strict"):
+        pass
+
+    assert (tmp_path / "users" / "bad.json").read_bytes() == b"{"
+
+
 def test_a_removed_user_does_not_come_back(loaded: Loaded) -> None:
     """The old bot's profile files are read once; a profile that was removed since stays removed."""
     loaded.client.ask("DELETE", "/v1/users/user-0")
@@ -321,7 +384,7 @@ def test_every_conversation_comes_over(loaded: Loaded) -> None:
     waiting = loaded.found("/v1/escalations")
     assert sorted(waiting) == sorted(legacy.escalations)
     assert "broken.json" in loaded.daemon.event("conversation.import_failed")["reason"]
-    assert len(list((loaded.directory / "quarantine").glob("*-broken.json"))) == 1
+    assert len(list((loaded.directory / "quarantine").glob("*-conversations-broken.json"))) == 1
     storage = loaded.client.ask("GET", "/v1/stats/storage")
     assert (storage["total"], storage["messages"]) == (CONVERSATIONS, messages)
 

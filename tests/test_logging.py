@@ -133,6 +133,15 @@ def test_free_text_loses_phones_and_tokens() -> None:
     assert shown == "***567 and ***567, hf_***, seq 1234567890, 123456789 bytes, 00000000000000000001.jsonl"
 
 
+def test_spans_of_time_are_no_phones() -> None:
+    """A number with a unit stays as it is; a phone with a dot in it, before it or behind it does not."""
+    spans = "1.234567499s, 30.00000012 seconds, 2.123456789ms, 123456789ns, 1234567.5s"
+    phones = "57.3001234567, 573001234567s, 573001234567.5, 573001234567 s, 3.573001234567.json"
+
+    assert redacted("reason", spans, ("reason",)) == spans
+    assert redacted("reason", phones, ("reason",)) == "57.***567, ***567s, ***567.5, ***567 s, 3.***567.json"
+
+
 def test_redaction_can_be_switched_off_and_on() -> None:
     """With log.redact = false everything passes, until it is changed back."""
     log = Log(LogSettings(format="json", redact=False), fd=NOWHERE)

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
-from holdfast.care import mirror
+from holdfast.care import legacy, mirror
 from holdfast.care.mirror import NAME_BYTES_MAX, file_name
 from holdfast.disk.files import Directory
 from holdfast.engine import Engine
+from holdfast.errors import StorageFull
 from holdfast.ops import (
+    ConversationArchive,
     ConversationDelete,
     ConversationHold,
     ConversationPut,
     EscalationOpen,
     Message,
     MessageAppend,
+    MessageExpire,
     SessionPut,
 )
-from tests.engine_harness import Log, do, do_together, running
+from tests.engine_harness import NOW_MS, HandClock, Log, do, do_together, running, value_of
 
 HOSTILE = ["../x", "a/b", "..", ".", ".tmp", "%2e%2e", "a b", "ñ" * 150, "価" * 256, "x" * 256, "c~1", "-rf", "a\\b|c"]
 
@@ -53,11 +58,19 @@ def test_a_conversation_is_mirrored_as_old_bots_wrote_it(tmp_path: Path) -> None
 
     shown = mirrored(tmp_path)["c1"]
     assert list(shown) == [
-        "id", "created_at", "updated_at", "title", "user_id", "messages", "escalated", "_holdfast",
+        "id", "created_at", "updated_at", "title", "user_id", "messages", "escalated", "_holdfast_kept", "_holdfast",
     ]  # fmt: skip
     assert shown["messages"] == [{"role": "user", "content": 'Hola 🎶 \n "¿"', "lang": "es"}]
     assert (shown["created_at"], shown["escalated"]) == ("2026-11-21T06:00:00.000Z", True)
     assert shown["_holdfast"] == {"seq": seq}
+    lineage = json.loads((tmp_path / "manifest.json").read_text())["lineage"]
+    assert shown["_holdfast_kept"] == {
+        "lineage": lineage,
+        "messages": [[1, "2026-11-21T06:00:00.000Z", None, "customer"]],
+        "archived": False,
+        "hold": False,
+        "hold_reason": None,
+    }
     assert mirrored(tmp_path, "escalations") == {
         "c1_escalation": {
             "conversation_id": "c1",
@@ -66,6 +79,7 @@ def test_a_conversation_is_mirrored_as_old_bots_wrote_it(tmp_path: Path) -> None
             "contact_info": {"mobile": "57"},
             "priority": "high",
             "status": "pending",
+            "_holdfast_kept": {"lineage": lineage, "messages": []},
             "_holdfast": {"seq": seq},
         }
     }
@@ -164,7 +178,7 @@ def test_a_crash_while_files_are_written_loses_nothing_of_them(tmp_path: Path, m
             broken.setattr("holdfast.care.mirror._Writing.write", lambda self, ids: _raise(OSError("cut off")))
             engine.flush("api")
         assert contents(tmp_path)["b"] == ["one"]
-        assert json.loads((tmp_path / "_mirror.json").read_text()) == {"seq": 5, "pending": ["b", "c"]}
+        assert state_of(tmp_path) == {"seq": 5, "pending": ["b", "c"]}
     inode = (tmp_path / "conversations" / "a.json").stat().st_ino
     with running(tmp_path, mirror=True) as engine:
         engine.flush("api")
@@ -172,6 +186,13 @@ def test_a_crash_while_files_are_written_loses_nothing_of_them(tmp_path: Path, m
         assert contents(tmp_path) == {"a": ["one"], "b": ["one", "two"]}
         assert json.loads((tmp_path / "_mirror.json").read_text())["pending"] == []
     assert (tmp_path / "conversations" / "a.json").stat().st_ino == inode
+
+
+def state_of(data: Path) -> dict[str, Any]:
+    """How far the mirror is; of a directory that has lost nothing."""
+    state: dict[str, Any] = json.loads((data / "_mirror.json").read_text())
+    assert state.pop("lineage") == json.loads((data / "manifest.json").read_text())["lineage"]
+    return state
 
 
 @pytest.mark.parametrize(
@@ -319,7 +340,7 @@ def test_the_last_flush_writes_it_as_well(tmp_path: Path) -> None:
         engine.close()
 
     assert contents(tmp_path) == {"a": ["one"]}
-    assert json.loads((tmp_path / "_mirror.json").read_text()) == {"seq": 1, "pending": []}
+    assert state_of(tmp_path) == {"seq": 1, "pending": []}
 
 
 def _raise(error: Exception) -> None:
@@ -346,3 +367,302 @@ def test_what_changes_while_it_is_written_is_written_again(tmp_path: Path, monke
         engine.flush("api")
 
     assert contents(tmp_path) == {"c": ["one", "two"]}
+
+
+def lived(data: Path, *, holds: bool = True) -> dict[str, Any]:
+    """Have a mirror of some conversations in *data*; they, as they are shown."""
+    with running(data, mirror=True) as engine:
+        do(engine, MessageAppend(id="plain", role="user", content="Hola", user_id="57", metadata={"lang": "es"}))
+        do(engine, MessageAppend(id="plain", role="assistant", content="¿Sí?", tokens_used=7))
+        do(engine, MessageAppend(id="plain", role="user", content="64", channel="wa", external_id="w1"))
+        do(engine, MessageAppend(id="plain", role="assistant", content="Soy Ana", author="agent"))
+        do(engine, MessageAppend(id="plain", role="tool", content="3", author="bot", created_at="2026-11-20T01:02:03Z"))
+        do(engine, EscalationOpen(id="plain", reason="help", priority="high", contact_info={"mobile": "57"}))
+        append(engine, "a/b", "one")
+        do(engine, ConversationArchive(id="a/b"))
+        do(engine, ConversationPut(id="empty", value={"title": "nothing yet"}))
+        if holds:
+            do(engine, ConversationHold(id="empty", reason="the court"))
+        engine.flush("api")
+        return shown_by(engine)
+
+
+def shown_by(engine: Engine) -> dict[str, Any]:
+    """Every conversation with its messages, and every escalation, but for what tells who deals with it."""
+    shown: dict[str, Any] = {}
+    for item in engine.transcripts.page().items:
+        whole = engine.transcripts.conversation(item.id)
+        assert whole is not None
+        shown[item.id] = orjson.loads(whole.value)
+        escalation = value_of(engine, "escalations", item.id)
+        shown[item.id]["escalation"] = escalation and {**escalation, "updated_at": None}
+    return shown
+
+
+def only_the_mirror(data: Path, target: Path) -> Path:
+    """A new data directory with nothing in it but the mirror of *data*."""
+    target.mkdir(mode=0o700)
+    for place in ("conversations", "escalations"):
+        shutil.copytree(data / place, target / place)
+    return target
+
+
+@pytest.mark.parametrize("is_mirrored", [True, False])
+def test_the_only_copy_left_is_taken_over(is_mirrored: bool, tmp_path: Path) -> None:
+    """In a directory with nothing but a mirror all comes back that it shows, once, and the files are kept and written anew."""
+    before = lived(tmp_path / "old")
+    data = only_the_mirror(tmp_path / "old", tmp_path / "new")
+    names = sorted(path.name for path in (data / "conversations").iterdir())
+    log = Log()
+
+    with running(data, mirror=is_mirrored, log=log) as engine:
+        assert shown_by(engine) == before
+        engine.flush("api")
+        assert engine.degraded == []
+        assert sorted(mirrored(data)) == ([name.removesuffix(".json") for name in names] if is_mirrored else [])
+    with running(data, mirror=is_mirrored, log=log) as engine:
+        assert shown_by(engine) == before
+
+    (told,) = log.named("conversations.imported")
+    assert (told["conversations"], told["messages"], told["escalations"], told["broken"]) == (3, 6, 1, 0)
+    assert sorted(path.name for path in data.glob("backups/imported-*/conversations/*")) == names
+    assert log.named("mirror.files_kept") == []
+
+
+def test_taking_over_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far it came, also over a flush in between: the next start takes what is left, and nothing is taken for a stray."""
+    before = lived(tmp_path / "old")
+    submit = legacy._Import._submit
+    left = 0
+
+    def submit_some(self: Any, id: str, ops: Any) -> None:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        submit(self, id, ops)
+        self._settle()
+        self._engine.flush("api")
+
+    for taken in range(len(before) + 1):
+        data = only_the_mirror(tmp_path / "old", tmp_path / f"new{taken}")
+        left = taken
+        with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+            killed.setattr(legacy._Import, "_submit", submit_some)
+            with running(data, mirror=True):
+                pass
+        with running(data, mirror=True) as engine:
+            engine.flush("api")
+            assert shown_by(engine) == before
+        assert len(mirrored(data)) == len(before)
+        assert list(data.glob("backups/edited-*")) == []
+
+
+def test_taking_over_that_fails_keeps_the_mirror_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no room for all, what was taken is there, what was not is not written over, and what is deleted meanwhile stays so."""
+    before = lived(tmp_path / "old", holds=False)
+    data = only_the_mirror(tmp_path / "old", tmp_path / "new")
+    submit = legacy._Import._submit
+
+    def submit_one(self: Any, id: str, ops: Any) -> None:
+        if self._begun:
+            raise StorageFull("no room")
+        submit(self, id, ops)
+
+    with monkeypatch.context() as full:
+        full.setattr(legacy._Import, "_submit", submit_one)
+        with running(data, mirror=True) as engine:
+            assert "could not be taken over" in engine.degraded[0]
+            (first,) = shown_by(engine)
+            do(engine, ConversationDelete(id=first))
+            engine.flush("api")
+    with running(data, mirror=True) as engine:
+        engine.flush("api")
+
+        assert shown_by(engine) == {id: shown for id, shown in before.items() if id != first}
+    assert list(data.glob("backups/edited-*")) == []
+
+
+@pytest.mark.parametrize("lost", ["_conversations.json", "a copy from elsewhere", "without its state"])
+def test_what_nobody_else_has_is_not_removed(lost: str, tmp_path: Path) -> None:
+    """A file whose conversation is not here, and was not deleted here, is moved aside and told."""
+    before = lived(tmp_path / "old")
+    data = tmp_path / "old"
+    strays = set(before)
+    if lost == "_conversations.json":
+        lose_the_archive(data)
+        for name in ("_conversations.json", "_escalations.json"):
+            (data / name).write_bytes(b"[\n]")
+    else:
+        data = tmp_path / "new"
+        with running(data, mirror=True) as engine:
+            append(engine, "mine", "one")
+            engine.flush("api")
+        for place in ("conversations", "escalations"):
+            shutil.copytree(tmp_path / "old" / place, data / place, dirs_exist_ok=True)
+        if lost == "without its state":
+            (data / "_mirror.json").unlink()
+        else:
+            # As after some time without a mirror.
+            with running(data) as engine:
+                append(engine, "mine", "two")
+                engine.flush("api")
+    log = Log()
+
+    with running(data, mirror=True, log=log) as engine:
+        engine.flush("api")
+        engine.flush("api")
+        assert not strays & set(mirrored(data))
+
+    kept = [json.loads(path.read_text()) for path in data.glob("backups/edited-*/*.json")]
+    assert {shown["id"] for shown in kept if "id" in shown} == strays
+    assert [shown["conversation_id"] for shown in kept if "id" not in shown] == ["plain"]
+    (told,) = log.named("mirror.files_kept")
+    assert told["files"] == len(strays) + 1
+    assert (data / told["kept_in"]).is_dir()
+
+
+def test_what_was_deleted_is_kept_nowhere(tmp_path: Path) -> None:
+    """Neither with the mirror off meanwhile, nor after a kill before the flush, nor when the file has to be looked for."""
+    lived(tmp_path, holds=False)
+    log = Log()
+    with running(tmp_path, log=log) as engine:
+        do(engine, ConversationDelete(id="plain"))
+        engine.flush("api")
+    with running(tmp_path, log=log) as engine:
+        do(engine, ConversationDelete(id="empty"))
+    with running(tmp_path, mirror=True, log=log) as engine:
+        do(engine, ConversationDelete(id="a/b"))
+    with running(tmp_path, mirror=True, log=log) as engine:
+        engine.flush("api")
+        assert engine.count("conversations") == 0
+
+    assert mirrored(tmp_path) == mirrored(tmp_path, "escalations") == {}
+    assert list(tmp_path.glob("backups/edited-*")) == log.named("conversations.imported") == []
+
+
+def lose_the_archive(data: Path) -> None:
+    """And all that it could be made from."""
+    for path in [*data.glob("archive.db*"), *data.glob("journal/*.jsonl"), *data.glob("journal/kept/*")]:
+        path.unlink()
+
+
+@pytest.mark.parametrize("is_mirrored", [True, False])
+def test_an_archive_is_made_anew_from_it(is_mirrored: bool, tmp_path: Path) -> None:
+    """Messages that neither archive, journal nor backups have come from the mirror, as they were and with their numbers."""
+    before = lived(tmp_path)
+    lose_the_archive(tmp_path)
+    log = Log()
+
+    with running(tmp_path, mirror=is_mirrored, log=log) as engine:
+        assert shown_by(engine) == before
+        append(engine, "plain", "more")
+        assert [one["number"] for one in shown_by(engine)["plain"]["messages"]] == [1, 2, 3, 4, 5, 6]
+        engine.flush("api")
+
+    assert list(tmp_path.glob("backups/edited-*")) == log.named("archive.rebuilt") == []
+
+
+def test_what_was_let_go_does_not_come_back_from_it(tmp_path: Path) -> None:
+    """Neither what retention removed, nor the messages of an earlier conversation with the same id."""
+    with running(tmp_path, mirror=True) as engine:
+        append(engine, "aged", "one", "two", "three")
+        append(engine, "again", "of the first life")
+        engine.flush("api")
+    with running(tmp_path) as engine:
+        do(engine, MessageExpire(id="aged", up_to=2, before_ms=NOW_MS + 1, messages=2, system=0, tokens=0))
+        do(engine, ConversationDelete(id="again"))
+        append(engine, "again", "of the second life")
+        engine.flush("api")
+    lose_the_archive(tmp_path)
+
+    with running(tmp_path, mirror=True) as engine:
+        assert [one["content"] for one in shown_by(engine)["aged"]["messages"]] == ["three"]
+        assert shown_by(engine)["again"]["messages"] == []
+        engine.flush("api")
+        assert contents(tmp_path) == {"aged": ["three"], "again": []}
+    kept = [path.read_text() for path in tmp_path.glob("backups/edited-*/*")]
+    assert not [text for text in kept if "one" in text or "first life" in text]
+
+
+@pytest.mark.parametrize("says_numbers", [True, False])
+def test_a_fuller_file_is_kept_before_it_is_replaced(
+    says_numbers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the archive has lost messages that only the file shows, once; how many came since does not matter."""
+    with running(tmp_path, mirror=True) as engine:
+        append(engine, "a", "one", "two")
+        engine.flush("api")
+    path = tmp_path / "conversations" / "a.json"
+    if not says_numbers:
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if "_holdfast_kept" not in line))
+    original = path.read_bytes()
+    lose_the_archive(tmp_path)
+    monkeypatch.setattr("holdfast.care.candidates._mirrored_messages", lambda settings, heads: [])
+
+    with running(tmp_path, mirror=True) as engine:
+        append(engine, "a", "three", "four", "five")
+        engine.flush("api")
+        append(engine, "a", "six")
+        engine.flush("api")
+
+    assert contents(tmp_path) == {"a": ["three", "four", "five", "six"]}
+    assert [kept.read_bytes() for kept in tmp_path.glob("backups/edited-*/a.json")] == [original]
+
+
+def test_a_file_of_before_that_says_no_numbers_is_taken_when_it_shows_all(tmp_path: Path) -> None:
+    """A shorter one is not: nobody knows which of the messages it shows."""
+    with running(tmp_path, mirror=True) as engine:
+        append(engine, "all", "one", "two")
+        append(engine, "some", "one", "two")
+        engine.flush("api")
+    for id in ("all", "some"):
+        path = tmp_path / "conversations" / f"{id}.json"
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if "_holdfast_kept" not in line))
+    with running(tmp_path) as engine:
+        append(engine, "some", "three")
+        engine.flush("api")
+    lose_the_archive(tmp_path)
+
+    with running(tmp_path) as engine:
+        shown = shown_by(engine)
+        assert [(one["number"], one["content"]) for one in shown["all"]["messages"]] == [(1, "one"), (2, "two")]
+        assert shown["some"]["messages"] == []
+
+
+def test_two_messages_that_look_the_same_are_two(tmp_path: Path) -> None:
+    """An old bot's own external ids, which tell nothing from one another, drop none when the file is taken over."""
+    old = {"role": "user", "content": "Hola", "external_id": "x"}
+    conversation = {"id": "c", "created_at": "2026-11-01T10:00:00", "messages": [old, old]}
+    (tmp_path / "old" / "conversations").mkdir(parents=True)
+    (tmp_path / "old" / "conversations" / "c.json").write_text(json.dumps(conversation))
+    with running(tmp_path / "old", mirror=True) as engine:
+        engine.flush("api")
+    (tmp_path / "old" / "escalations").mkdir(exist_ok=True)
+
+    with running(only_the_mirror(tmp_path / "old", tmp_path / "new"), mirror=True) as engine:
+        engine.flush("api")
+
+    assert mirrored(tmp_path / "new")["c"]["messages"] == [old, old]
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_conversation_that_begins_anew_replaces_only_what_was_deleted(is_lost: bool, tmp_path: Path) -> None:
+    """The file of one that was lost is kept before the new one with its id is written; of one that was deleted it is not."""
+    with running(tmp_path, mirror=True) as engine:
+        append(engine, "a", "one")
+        engine.flush("api")
+    if is_lost:
+        lose_the_archive(tmp_path)
+        (tmp_path / "_conversations.json").unlink()
+    else:
+        with running(tmp_path) as engine:
+            do(engine, ConversationDelete(id="a"))
+
+    with running(tmp_path, mirror=True, clock=HandClock(NOW_MS + 1_000)) as engine:
+        append(engine, "a", "two")
+        engine.flush("api")
+
+    assert contents(tmp_path) == {"a": ["two"]}
+    kept = [json.loads(path.read_text()) for path in tmp_path.glob("backups/edited-*/a.json")]
+    assert [[one["content"] for one in shown["messages"]] for shown in kept] == ([["one"]] if is_lost else [])

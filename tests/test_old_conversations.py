@@ -122,6 +122,28 @@ def test_fields_of_the_bots_own_come_over(tmp_path: Path) -> None:
     assert "_holdfast" not in head
 
 
+def test_a_time_that_is_not_said_as_ours_is_kept_beside_it(tmp_path: Path) -> None:
+    """The microseconds of Python stand under ``_original``; what we would say the same takes no room."""
+    exact = {"created_at": "2026-11-01T10:00:00.123456", "updated_at": "2026-11-01T10:05:00.250000"}
+    left(
+        tmp_path / "data",
+        conversations=[old_conversation("c1", **exact), old_conversation("c2")],
+        escalations=[old_escalation("c1", timestamp="2026-11-01T10:01:00.000001"), old_escalation("c2")],
+    )
+
+    with running(tmp_path / "data") as engine:
+        head, escalation = value_of(engine, "conversations", "c1"), value_of(engine, "escalations", "c1")
+        assert head["created_at"] == "2026-11-01T10:00:00.123Z"
+        assert head["_original"] == {"created_at": "2026-11-01T10:00:00.123456"}
+        assert escalation["opened_at"] == "2026-11-01T10:01:00.000Z"
+        assert escalation["contact_info"] == {
+            "mobile": "0123456789",
+            "_original": {"timestamp": "2026-11-01T10:01:00.000001"},
+        }
+        assert "_original" not in value_of(engine, "conversations", "c2")
+        assert value_of(engine, "escalations", "c2")["contact_info"] == {"mobile": "0123456789"}
+
+
 def test_escalations_come_over(tmp_path: Path) -> None:
     """Each waits since it was opened; one of a conversation that is not there gets an empty one; a closed one waits no more."""
     left(
@@ -440,3 +462,24 @@ def test_an_escalation_is_not_opened_again(tmp_path: Path) -> None:
 
     assert found is not None and found.version == version
     assert names_in(data, "escalations/*") == []
+
+
+@pytest.mark.parametrize("named", ["dup1", "dup2", "dup"])
+def test_of_two_files_the_newer_one_counts(named: str, tmp_path: Path) -> None:
+    """Whatever their names; the older one is kept aside, and one that cannot be taken counts for nothing."""
+    more = [*LINES, {"role": "user", "content": "more"}]
+    older = old_conversation("dup", updated_at="2026-11-21T10:00:00")
+    newer = old_conversation("dup", more, updated_at="2026-11-21T05:30:00-06:00")
+    broken = old_conversation("dup", "no list", updated_at="2026-11-21T12:00:00")
+    left(tmp_path)
+    for name, old in {"dup1": older, "dup2": older, "dup": older, "dup3": broken, named: newer}.items():
+        (tmp_path / "conversations" / f"{name}.json").write_text(json.dumps(old))
+
+    with running(tmp_path) as engine:
+        assert came_back(engine, "dup") == more
+
+    kept = [
+        json.loads(path.read_text()) for path in tmp_path.glob("quarantine/*dup*.json") if "report" not in path.name
+    ]
+    assert sorted(kept, key=str) == sorted([older, older, broken], key=str)
+    assert names_in(tmp_path, "conversations/*") == []

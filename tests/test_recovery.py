@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -14,11 +15,11 @@ from typing import Any
 import orjson
 import pytest
 
-from holdfast.disk.files import Directory
+from holdfast.disk.files import Directory, DirectoryLock
 from holdfast.disk.journal import encode_line
 from holdfast.engine import Engine
 from holdfast.errors import DataRefused, DirectoryLocked, Unavailable
-from holdfast.ops import OrderComplete, OrderPut, RecordPut, SessionDelete, SessionPut, StatsOrder, UserPut
+from holdfast.ops import OrderComplete, OrderDelete, OrderPut, RecordPut, SessionDelete, SessionPut, StatsOrder, UserPut
 from holdfast.recovery import open_engine
 from tests.engine_harness import (
     NOW,
@@ -730,3 +731,60 @@ def test_a_journal_batch_replays_as_one(tmp_path: Path) -> None:
     with running(tmp_path) as engine:
         assert everything(engine) == before
         assert engine.status()["seq"] == 1
+
+
+def test_a_stray_segment_far_ahead_does_not_hold_up_the_start(tmp_path: Path) -> None:
+    """A gap is told by its ends, however many numbers lie in it."""
+    with running(tmp_path) as engine:
+        fill(engine)
+    (tmp_path / "journal" / f"{10**18:020d}.jsonl").write_bytes(b"")
+
+    with running(tmp_path) as engine:
+        assert any(f"to {10**18 - 1} are missing" in reason for reason in engine.degraded)
+
+
+def test_a_start_that_is_refused_keeps_no_descriptor(tmp_path: Path) -> None:
+    """A program that tries again and again must not run out of them."""
+    with running(tmp_path) as engine:
+        fill(engine)
+    (tmp_path / "chat_sessions.json").write_bytes(b"\0" * 100)
+    with pytest.raises(DataRefused):
+        opened(tmp_path, recovery="strict")
+    before = len(os.listdir("/proc/self/fd"))
+
+    for _ in range(3):
+        with pytest.raises(DataRefused):
+            opened(tmp_path, recovery="strict")
+
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_full_disk_does_not_keep_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PID in it is a courtesy: without room for it the directory is opened all the same, and closed again."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lock = tmp_path / "data"
+    lock.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", fail)
+        DirectoryLock(lock).release()
+
+    DirectoryLock(lock).release()
+
+
+def test_an_order_that_was_deleted_does_not_count_again_after_a_crash(tmp_path: Path) -> None:
+    """Its mark stands in the journal alone when nothing was flushed."""
+    engine = opened(tmp_path)
+    do(engine, OrderPut(id="1", value={}))
+    do(engine, OrderComplete(id="1", revenue=Decimal("10.10")))
+    do(engine, OrderDelete(id="1"))
+    engine.close(flush=False)
+
+    with running(tmp_path) as engine:
+        do(engine, OrderPut(id="1", value={}))
+        do(engine, OrderComplete(id="1", revenue=Decimal("10.10")))
+
+        totals = orjson.loads(engine.sales())["totals"]
+        assert totals == {"allTimeOrders": 1, "allTimeRevenue": 10.1, "allTimeCompleted": 1}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from holdfast.care.backup_set import list_sets
+from holdfast.care.backup_stopped import back_up_stopped
 from holdfast.care.restore import keep_history
 from holdfast.disk.files import Directory
 from holdfast.errors import DataRefused
@@ -24,11 +25,13 @@ from holdfast.ops import (
     OrderComplete,
     OrderDelete,
     OrderPut,
+    RecordPut,
     SessionPut,
+    UserPut,
 )
 from tests.crash.harness import FULL
 from tests.engine_harness import HandClock, Log, do
-from tests.restore_harness import all_of, change, copy_of, messages_of, opened, pack_set
+from tests.restore_harness import all_of, change, copy_of, messages_of, opened, pack_set, settings_of
 
 CHANGES = 48
 
@@ -382,3 +385,101 @@ def test_a_conversation_goes_on_behind_its_archived_messages(tmp_path: Path, has
 
     assert any("_conversations.json was damaged" in reason for reason in reasons)
     assert seen == [*said, "new"]
+
+
+@pytest.mark.parametrize("has_history", [True, False])
+def test_a_backup_of_what_was_damaged_is_no_better_than_that(kept: Lived, tmp_path: Path, has_history: bool):
+    """Taken by hand, or by mend, before anybody repaired anything: it is the newest, and holds the damage."""
+
+    def spoil(path: Path) -> None:
+        damage(path / FILES[0])
+        if not has_history:
+            shutil.rmtree(path / "backups")
+            shutil.rmtree(path / "journal" / "kept")
+
+    lived, log = spoilt(kept, tmp_path, spoil), Log()
+    copy = copy_of(lived.path, tmp_path / "copy")
+    back_up_stopped(settings_of(lived.path), "mend", Log(), prove=False)
+    there, here = (opened(path, clock=HandClock(lived.now_ms), log=log) for path in (lived.path, copy))
+
+    assert all_of(there) == all_of(here)
+    assert there.degraded and (all_of(there) == lived.seen) == has_history
+    if not has_history:
+        assert not any("all of it came back" in reason for reason in there.degraded)
+    there.close()
+    here.close()
+
+
+def test_what_began_after_the_newest_backup_is_missed(tmp_path: Path):
+    """Its file went with the manifest: neither says that it was there, the events do."""
+    clock = HandClock()
+    engine = opened(tmp_path / "data", clock=clock)
+    do(engine, SessionPut(id="s", value={"currentState": "catalog"}))
+    engine.close()
+    pack_set(tmp_path / "data", clock.now_ms())
+    engine = opened(tmp_path / "data", clock=clock)
+    do(engine, UserPut(id="ana", value={"name": "Ana"}))
+    do(engine, RecordPut(collection="notes", id="n", value={"text": "hola"}))
+    seen = all_of(engine)
+    engine.close()
+    for name in ("manifest.json", "users.json", "notes.json"):
+        (tmp_path / "data" / name).unlink()
+
+    engine = opened(tmp_path / "data", clock=clock)
+
+    assert all_of(engine) == seen
+    assert any("users.json" in reason for reason in engine.degraded)
+    assert any("notes.json" in reason for reason in engine.degraded)
+    engine.close()
+
+
+@pytest.mark.parametrize("lost", ["backups", "middle"])
+def test_events_are_used_where_no_backup_reaches_to_the_end(kept: Lived, tmp_path: Path, lost: str):
+    """Without any backup, and behind a hole in the history: each says what its record is from then on."""
+
+    def spoil(path: Path) -> None:
+        (path / "notes.json").unlink()
+        if lost == "backups":
+            shutil.rmtree(path / "backups")
+            return
+        with Directory(path) as data:
+            keep_history(data, None)
+        for found in list_sets(path)[:-1]:
+            shutil.rmtree(found.path)
+        parts = sorted((path / "backups" / "journal").iterdir())
+        parts[len(parts) // 2].unlink()
+        shutil.rmtree(path / "journal" / "kept")
+
+    lived = spoilt(kept, tmp_path, spoil)
+    notes = set(lived.seen["records"]["notes"]) if "records" in lived.seen else set(lived.seen["notes"])
+
+    engine = opened(lived.path, clock=HandClock(lived.now_ms))
+
+    back = {one.id for one in engine.everything("notes")}
+    assert max(notes, key=lambda id: int(id[1:])) in back and len(back) >= len(notes) - (2 if lost == "middle" else 0)
+    assert engine.degraded
+    engine.close()
+
+
+def test_backups_alone_are_no_past(kept: Lived, tmp_path: Path):
+    """A start on nothing but backups says what to do; what begins then is another life than theirs."""
+
+    def spoil(path: Path) -> None:
+        for one in path.iterdir():
+            if one.name != "backups":
+                shutil.rmtree(one) if one.is_dir() else one.unlink()
+
+    lived = spoilt(kept, tmp_path, spoil)
+    newest = list_sets(lived.path)[0]
+
+    engine = opened(lived.path, clock=HandClock(lived.now_ms))
+    told = list(engine.degraded)
+    for number in range(60):
+        do(engine, RecordPut(collection="notes", id=f"new-{number}", value={"text": "new"}))
+    engine.close()
+    damage(lived.path / "notes.json")
+    engine = opened(lived.path, clock=HandClock(lived.now_ms))
+
+    assert any(f"holdfast restore {newest.name}" in reason for reason in told)
+    assert {one.id.partition("-")[0] for one in engine.everything("notes")} == {"new"}
+    engine.close()

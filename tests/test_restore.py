@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import time
@@ -436,6 +437,32 @@ def test_a_spoilt_backup_is_refused(directory: Lived, tmp_path: Path):
         path.write_bytes(whole)
 
 
+def out_of_room(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open", "write"])
+def test_a_disk_without_room_is_told_with_what_to_do(directory: Lived, monkeypatch: pytest.MonkeyPatch, call: str):
+    """Whatever of it fails first: how much it takes, how much there is; nothing changed."""
+    target = target_at(directory, None)
+    before = contents(directory.path)
+
+    with monkeypatch.context() as full, pytest.raises(StorageFull, match=r"expected .* found .*--into.*Nothing was"):
+        opened_before = os.open
+        full.setattr(
+            os,
+            call,
+            out_of_room
+            if call != "open"
+            else lambda path, flags, *a, **k: (
+                out_of_room() if flags & os.O_CREAT and flags & os.O_EXCL else opened_before(path, flags, *a, **k)
+            ),
+        )
+        restored(directory, target)
+
+    assert_nothing_changed(directory, before)
+
+
 def test_a_backup_of_a_newer_format_is_refused(directory: Lived):
     """It says which format it has and what to install."""
     found = list_sets(directory.path)[0]
@@ -451,6 +478,21 @@ def restore_manifest(manifest: Any) -> bytes:
     from holdfast.care.backup_set import encode_set_manifest
 
     return encode_set_manifest(manifest)
+
+
+@pytest.mark.parametrize("place", ["beside", "backups/beside", "."])
+def test_the_data_directory_is_no_place_to_restore_into(directory: Lived, tmp_path: Path, place: str):
+    """Also by way of a link: nothing of ours looks after what would stand there."""
+    (tmp_path / "link").symlink_to(directory.path)
+    before = contents(directory.path)
+
+    for root in (directory.path, tmp_path / "link"):
+        with pytest.raises(BadRequest, match="outside of the data directory"):
+            restore.restore_beside(
+                target_at(directory, None), root / place, settings_of(directory.path), None, History(directory.path)
+            )
+
+    assert contents(directory.path) == before
 
 
 def test_a_directory_with_something_in_it_is_no_place_to_restore_into(lived: Lived, tmp_path: Path):
@@ -469,7 +511,7 @@ def test_a_full_target_is_told_before_anything_is_written(directory: Lived, monk
     before = contents(directory.path)
     monkeypatch.setattr(Directory, "space", lambda self: (1_000, 1_000_000))
 
-    with pytest.raises(StorageFull, match="MiB"):
+    with pytest.raises(StorageFull, match=r"expected .* KiB .* found 1000 bytes"):
         restored(directory, target_at(directory, directory.moments[0].at_ms))
     assert_nothing_changed(directory, before)
 
@@ -728,3 +770,16 @@ def test_an_order_put_back_counts_in_no_figure(served: tuple[Lived, Engine]):
     put_part_back(lived, engine, lived.moments[3].at_ms, put_back.part_of_collection("orders"))
 
     assert engine.sales() == before
+
+
+def test_an_intent_whose_files_are_gone_is_refused(tmp_path: Path) -> None:
+    """Somebody removed ``restore/``: nothing more may go, and what to do is told."""
+    (tmp_path / "chat_sessions.json").write_text("[]")
+    (tmp_path / "notes.json").write_text("[]")
+    with Directory(tmp_path) as data:
+        swap.decide(data, swap.Intent(staged=("chat_sessions.json",), removed=("notes.json",)))
+
+        with pytest.raises(DataRefused, match=r"put restore/ back, or remove .*restore\.json"):
+            swap.complete(data)
+
+    assert (tmp_path / "notes.json").exists()

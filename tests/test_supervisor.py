@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -14,6 +16,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
+from watchdog.observers.api import EventQueue, ObservedWatch
 
 from holdfast.service import watch
 from holdfast.service.supervisor import RETRY_S_MAX, Interval, Supervisor
@@ -243,6 +246,19 @@ def replace(path: Path, content: str) -> None:
     temporary = path.with_name("editor.tmp")
     temporary.write_text(content)
     temporary.replace(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is of Linux")
+def test_an_event_while_the_watch_stops_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the library would say of it is dropped, and nothing else that it says."""
+    from watchdog.observers.inotify import InotifyEmitter
+
+    emitter = InotifyEmitter(EventQueue(), ObservedWatch(str(tmp_path), recursive=False))
+
+    emitter.queue_events(0)
+    logging.getLogger("watchdog.observers.inotify").error("something else")
+
+    assert [entry.getMessage() for entry in caplog.records] == ["something else"]
 
 
 def test_a_burst_of_changes_is_reported_once(tmp_path: Path) -> None:

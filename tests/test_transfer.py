@@ -32,7 +32,7 @@ from holdfast.care.export import (
     encode_export_manifest,
     export_chunks,
 )
-from holdfast.care.given import open_archive, open_path
+from holdfast.care.given import Part, Unfinished, open_archive, open_path, records_of
 from holdfast.care.merge import MergeReport, merge
 from holdfast.care.packing import pack, unpack
 from holdfast.care.seal import seal_of
@@ -476,6 +476,48 @@ def test_where_some_records_are_invalid_none_is_taken_unless_that_is_wanted(tmp_
 
         assert (report.changes, report.sum_of("refused")) == (5, 5)
         assert engine.count("sessions") == 5
+
+
+LONE = '"\\ud83d"'
+"""Half of a character, as a bot writes it that cuts texts to a length."""
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("bad", [LONE, "NaN", '"\x01"', "1e400", '"x'], ids=ascii)
+def test_one_bad_value_costs_its_record_only(tmp_path: Path, indent: int | None, bad: str):
+    """In any layout, and named, where the others are wanted; else nothing is taken."""
+    records = [
+        {"recipientPhone": str(n), "lastActivity": LATER, "cart": [{"recipientPhone": "x"}, {"recipientPhone": "y"}]}
+        for n in range(50)
+    ]
+    text = json.dumps([*records[:20], records[20] | {"name": "BAD"}, *records[21:]], indent=indent)
+    (tmp_path / "chat_sessions.json").write_text(text.replace('"BAD"', bad))
+    with running(tmp_path / "b") as engine:
+        with pytest.raises(InvalidRecord, match=r"chat_sessions\.json.*record 21"):
+            taken(engine, tmp_path / "chat_sessions.json")
+        assert engine.status()["seq"] == 0
+
+        report = taken(engine, tmp_path / "chat_sessions.json", skips_invalid=True)
+
+        assert (report.changes, report.sum_of("refused")) == (49, 1)
+        assert "record 21" in report.reasons[0]
+        assert {engine.count("sessions"), len(everything(engine)["sessions"])} == {49}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_every_cut_of_a_file_leaves_its_whole_records(tmp_path: Path, indent: int | None):
+    """Where the others are wanted: exactly those before the cut, and no object inside of the one that was cut."""
+    notes = [{"id": str(n), "parts": [{"id": f"x{n}"}, {"id": f"y{n}"}]} for n in range(3)]
+    text = json.dumps(notes, indent=indent)
+    part = Part("notes.json", "notes", lambda: BytesIO(b""))
+    ends = [len(json.dumps(notes[: n + 1], indent=indent).rstrip("]\n")) for n in range(3)]
+
+    for cut in range(ends[0], len(text)):
+        found = list(records_of(part._replace(open=lambda cut=cut: BytesIO(text[:cut].encode())), salvages=True))
+
+        assert [one for one in found if isinstance(one, dict)] == notes[: sum(end <= cut for end in ends)]
+    with pytest.raises(Unfinished, match="record 1"):
+        list(records_of(part._replace(open=lambda: BytesIO(text[: ends[0] - 1].encode())), salvages=True))
 
 
 def test_what_a_bot_keeps_beside_its_data_is_left_out(tmp_path: Path):

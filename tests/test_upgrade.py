@@ -18,6 +18,7 @@ import pytest
 from holdfast.archive.sqlite_file import schema_version
 from holdfast.care import swap
 from holdfast.care.backup_set import list_sets
+from holdfast.care.prove import prove
 from holdfast.care.upgrade import RELEASES, Changed, Obstacle, Release, Step, bring_up, check_downgrade, look
 from holdfast.care.verify import verify
 from holdfast.core.state import EVENT_OPS
@@ -70,6 +71,21 @@ def test_what_a_release_left_is_all_there(release: str, tmp_path: Path) -> None:
 
     assert not before.wrong
     assert not [one for one in verify(data_dir, settings_of(data_dir)).wrong if one.part != "backups"]
+
+
+@pytest.mark.parametrize("release", [name for name in RELEASED if (FORMATS / name / "data" / "backups").is_dir()])
+def test_the_backups_of_a_release_are_good(release: str, tmp_path: Path) -> None:
+    """They can be read, everything is loaded from them, and they are this directory's own after it was opened."""
+    data_dir = left_by(release, tmp_path)
+    opened(data_dir, clock=HandClock()).close()
+    (tmp_path / "scratch").mkdir()
+
+    for found in list_sets(data_dir):
+        assert found.manifest is not None and not found.is_foreign, found.damage
+        proof = prove(found, None, tmp_path / "scratch")
+        assert proof.ok, proof.reason
+        assert found.proof is not None and proof.counts == found.proof.counts
+    assert list_sets(data_dir)
 
 
 # Migrating. Format 0 is made up: its users stood in profiles.json.

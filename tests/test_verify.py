@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from holdfast.care.backup_set import BackupSet, Proof, encode_set_manifest, list_sets, write_proof
 from holdfast.care.findings import Finding, Report
+from holdfast.care.history_follower import PACK_AFTER_S
 from holdfast.care.verify import Daily, verify, verify_running
 from holdfast.disk.files import Directory
 from holdfast.disk.snapshot import MANIFEST
@@ -228,6 +230,64 @@ def test_a_deep_look_loads_every_backup(backed_up: Path, tmp_path: Path) -> None
     wrong = looked(data_dir, deep=True).wrong
 
     assert "users" in wrong[0].found and "99" in wrong[0].found
+
+
+@pytest.mark.parametrize("seq", [2, 3])
+def test_a_hole_in_the_history_is_found(tmp_path: Path, seq: int) -> None:
+    """Also without reading it: the names of its parts tell which events are in none."""
+    clock, data_dir = HandClock(), tmp_path / "data"
+    kept = {"backups": {"pitr": 7 * 86400.0}, "journal_keep": 0}
+    with running(data_dir, clock=clock, **kept) as engine:
+        for n in range(3):
+            do(engine, SessionPut(id=str(n), value={}))
+            engine.flush("api")
+            clock.advance(PACK_AFTER_S + 1)
+            engine.backups.history.step()
+    settings = settings_of(data_dir, **kept)
+    assert not verify(data_dir, settings, deep=True).wrong
+
+    for path in [*data_dir.glob("journal/kept/*"), *data_dir.glob(f"backups/journal/*{seq}-*")]:
+        path.unlink()
+    wrong = {deep: verify(data_dir, settings, deep=deep).wrong for deep in (False, True)}
+
+    for found in wrong.values():
+        assert [(one.severity, one.part) for one in found] == [("warning", "history")]
+        assert f"events {seq} to {seq} " in found[0].found and "holdfast backup" in found[0].action
+
+
+def test_a_deep_look_finds_a_message_that_is_no_text(backed_up: Path, tmp_path: Path) -> None:
+    """A bit of a letter that makes it none: SQLite hands it out only to who reads it."""
+    data_dir = Path(shutil.copytree(backed_up, tmp_path / "data", copy_function=shutil.copy2))
+    edit_archive(data_dir, "UPDATE messages SET content = CAST(x'c3' || substr(content, 2) AS TEXT)")
+
+    wrong = looked(data_dir, deep=True).wrong
+
+    assert [(one.severity, one.part, one.expected) for one in wrong] == [
+        ("error", "archive", "messages that can be read")
+    ]
+    assert wrong[0].mend
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+def test_a_deep_look_compares_messages_with_the_backup(backed_up: Path, tmp_path: Path, is_running: bool) -> None:
+    """One letter of a message that is another one, which no checksum of SQLite tells; a message that came since is none."""
+    data_dir = Path(shutil.copytree(backed_up, tmp_path / "data", copy_function=shutil.copy2))
+    with running(data_dir) as engine:
+        do(engine, MessageAppend(id="since", role="user", content="hola"))
+        assert not verify(data_dir, engine.settings, deep=True, engine=engine).wrong
+    with sqlite3.connect(data_dir / "archive.db") as archive:
+        place, content = archive.execute("SELECT place, content FROM messages ORDER BY place").fetchone()
+    edit_archive(data_dir, f"UPDATE messages SET content = 'X' || substr(content, 2) WHERE place = {place}")
+
+    assert content and not verify(data_dir, settings_of(data_dir)).wrong
+    if is_running:
+        with running(data_dir) as engine:
+            wrong = verify(data_dir, engine.settings, deep=True, engine=engine).wrong
+    else:
+        wrong = looked(data_dir, deep=True).wrong
+
+    assert [(one.severity, one.part) for one in wrong] == [("error", "archive")]
+    assert f"message {place & 0xFFFFFFFF} of conversation" in wrong[0].expected
 
 
 def test_what_a_restore_left_is_cleared_by_the_next_start(data_dir: Path) -> None:

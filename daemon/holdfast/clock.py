@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import UTC, datetime, timedelta, tzinfo
 
@@ -44,6 +45,9 @@ class Clock:
         self._last_ms = max(self._last_ms, ms)
 
 
+_MIDNIGHT = re.compile(r"(.+)T24(?::?00){0,2}(?:[.,]0+)?(Z|[+-][0-9:]+|)")
+_ORDINAL = re.compile(r"(\d{4})-?(\d{3})(T.+|)")
+
 # Consecutive events share their millisecond, and rendering a date costs ten times as much as the rest. One tuple,
 # replaced whole, so that no thread ever sees the time of one and the text of another.
 _cached: tuple[int, str] = (0, "1970-01-01T00:00:00.000Z")
@@ -61,14 +65,28 @@ def format_ms(ms: int) -> str:
 
 
 def parse_ms(text: str, zone: tzinfo = UTC) -> int:
-    """Milliseconds since 1970 of any ISO 8601 *text*; a naive one is read in *zone*.
+    """Milliseconds since 1970 of any ISO 8601 *text*; a naive one is read in *zone*, a date alone is its first moment.
 
     Raises:
         ValueError: not a moment in ISO 8601.
     """
-    moment = datetime.fromisoformat(text)
-    if len(text) < 11:
-        raise ValueError(f"a date without a time: {text!r}")
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = _rarely_written(text)
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=zone)
     return (moment - EPOCH) // _MILLISECOND
+
+
+def _rarely_written(text: str) -> datetime:
+    """What ISO 8601 and RFC 3339 permit, and ``datetime`` does not read; ValueError when it is that neither."""
+    text = text.upper()
+    if found := _MIDNIGHT.fullmatch(text):
+        return datetime.fromisoformat(f"{found[1]}T00:00:00{found[2]}") + timedelta(days=1)
+    if found := _ORDINAL.fullmatch(text):
+        first = datetime.fromisoformat(f"{found[1]}-01-01{found[3]}")
+        day = first + timedelta(days=int(found[2]) - 1)
+        if day.year == first.year:
+            return day
+    return datetime.fromisoformat(text)

@@ -255,13 +255,14 @@ class Engine:
         self._follower.report_damage(ArchiveDamaged(reason))
         self._follower.archive(timeout)
 
-    def start_mirror(self, *, trusted_seq: int | None, stamp: Callable[[], str]) -> None:
+    def start_mirror(self, *, trusted_seq: int | None, last_seq: int, lineage: str, stamp: Callable[[], str]) -> None:
         """Write the readable mirror after each flush from now on. Called once, after ``start_archive``.
 
         Args:
             trusted_seq: what the snapshots held at the start; what changed since was noted by the state's backlog. None
                 when that is not known.
-            stamp: as of ``mirror.Source``.
+            last_seq: where the journal ended then.
+            lineage, stamp: as of ``mirror.Source``.
         """
         assert self._state.backlog.touched is not None, "what the mirror needs was not noted"
         source = mirror.Source(
@@ -271,8 +272,10 @@ class Engine:
             ids=lambda collection: (one.id for one in self._everything(collection)),
             transcripts=self.transcripts,
             stamp=stamp,
+            lineage=lineage,
+            born_of=lambda id: self._born_of(id)[0],
         )
-        writer = self._mirror = mirror.Mirror(self.settings.data_dir, source, trusted_seq, self._state.seq, self._log)
+        writer = self._mirror = mirror.Mirror(self.settings.data_dir, source, trusted_seq, last_seq, self._log)
         self._flusher.before_publishing = writer.begin
         self._flusher.after_flush = writer.flushed
         writer.start()

@@ -7,10 +7,13 @@ done nothing is written except evidence and copies; a start that is cancelled le
 from __future__ import annotations
 
 import logging
+import os
 import stat
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -21,19 +24,22 @@ from holdfast import record
 from holdfast.archive.place import ARCHIVE, DataDirectoryPlace
 from holdfast.archive.sqlite_salvage import salvage_heads
 from holdfast.care import swap, upgrade
+from holdfast.care.backup_set import noted_lineage
 from holdfast.care.backup_stopped import back_up_before_upgrade
-from holdfast.care.candidates import Backed, Candidate, backed_up_messages
-from holdfast.care.legacy import import_old_files
+from holdfast.care.candidates import Backed, Candidate, kept_messages
+from holdfast.care.legacy import import_old_files, short_name
+from holdfast.care.mirror import forget_state, is_adopting
 from holdfast.checksum import crc32
 from holdfast.clock import Clock, format_ms, parse_ms
 from holdfast.core.collection import Collection
-from holdfast.core.decide import decide_expiry, due_ms
+from holdfast.core.decide import USER_ID_FIELD, decide_expiry, due_ms
 from holdfast.core.event import decode_event
-from holdfast.core.rules import Rules, rules_of
+from holdfast.core.rules import Rules, check_id, rules_of
 from holdfast.core.sales import Sales, decode_sales, oldest_day
 from holdfast.core.state import (
     BUILT_IN,
     CONVERSATIONS,
+    ESCALATIONS,
     EVENT_OPS,
     RETRIES,
     SESSIONS,
@@ -56,7 +62,7 @@ from holdfast.disk.snapshot import (
     salvage,
 )
 from holdfast.engine import Engine
-from holdfast.errors import DataRefused, HoldfastError, Unavailable
+from holdfast.errors import DataRefused, HoldfastError, InvalidRecord, Unavailable
 from holdfast.flush import SALES_FILE, Flusher, file_of
 from holdfast.load import SCHEDULED, Counts, load_foreign, load_trusted, schedule_bookkeeping
 from holdfast.settings import Settings
@@ -186,7 +192,7 @@ class _Recovery:
         if settings.mirror:
             self._state.backlog.touched = {}
         self._archive_place = DataDirectoryPlace(
-            settings.data_dir, self._now_stamp, lambda: backed_up_messages(settings, self._state.conversations)
+            settings.data_dir, self._now_stamp, lambda: kept_messages(settings, self._state.conversations)
         )
         self._replayed = self._dropped = 0
         self._manifest = Manifest()
@@ -209,6 +215,11 @@ class _Recovery:
         self._inexact: set[str] = set()
         # Whether a file held something that is in no event: an old bot's, or one edited by hand.
         self._has_merged = False
+        # Whether there is nothing yet that could know of a conversation.
+        self._is_new = False
+        self._lineage_now = ""
+        # Where the journal ended.
+        self._last_seq = 0
         # What is done for each damaged file once it is certain that the start goes on.
         self._evidence: list[Callable[[Directory], None]] = []
 
@@ -216,7 +227,17 @@ class _Recovery:
         self._read_manifests()
         self._load_snapshots()
         journal_directory = self._directory.subdirectory("journal")
+        try:
+            return self._engine(lock, journal_directory)
+        except BaseException:
+            journal_directory.close()
+            raise
+
+    def _engine(self, lock: DirectoryLock, journal_directory: Directory) -> Engine:
         history = self._read_history(journal_directory)
+        self._is_new = not history.segments and not any(
+            self._directory.stat(name) for name in (MANIFEST, MANIFEST_NEXT, file_of(CONVERSATIONS))
+        )
         self._replayed = self._replay(history)
         if self._drops_stale:
             self._dropped = self._drop_stale()
@@ -240,9 +261,10 @@ class _Recovery:
         self._keep_evidence()
         self._keep_replaced()
         journal = self._open_journal(journal_directory, history)
+        self._lineage_now, self._last_seq = self._lineage(), self._state.seq
         manifest = msgspec.structs.replace(
             self._manifest,
-            lineage=self._lineage(),
+            lineage=self._lineage_now,
             files={
                 name: msgspec.structs.replace(entry, mtime_ns=self._written_at.get(name, entry.mtime_ns))
                 for name, entry in self._manifest.files.items()
@@ -269,10 +291,6 @@ class _Recovery:
         """Start what follows *engine*, and take over what an old bot left; errors as ``open_engine``."""
         engine.start_archive(self._archive_place)
         engine.start_backups()
-        if self._settings.mirror:
-            trusted_seq = self._manifest.snapshot_seq
-            is_sound = not self._damages and not self._healed
-            engine.start_mirror(trusted_seq=trusted_seq if is_sound else None, stamp=self._now_stamp)
         self._log.info(
             "state.loaded",
             sessions=self._state.sessions.count,
@@ -289,23 +307,37 @@ class _Recovery:
             engine.backups.completed += (lambda found: engine.care_notes.pop("recovered", None),)
         # Only the files say it, not the events: what is restored from an older set and the events since would not have it.
         engine.backups.is_wanted |= bool(self._damages or self._has_merged)
-        if self._damages or self._healed:
+        if {file_of(CONVERSATIONS), file_of(ESCALATIONS)} & self._replaced:
+            # Also where there is no mirror now: one that is written later must not take what was lost for deleted.
+            forget_state(self._directory)
+        is_sound = not self._damages and not self._healed
+        if not is_sound:
             # So that the next start finds whole files, and a journal without holes.
             try:
                 engine.flush("recovery")
             except (HoldfastError, OSError):
                 pass  # logged by the flush; the evidence is kept, and the next flush tries again
+        adopts_mirror = self._is_new or is_adopting(self._directory)
         reason = import_old_files(
             engine,
             self._directory,
             self._rules,
             stamp=self._stamp(),
+            adopts_mirror=adopts_mirror,
             cancelled=self._cancelled,
             progress=self._progress,
             log=self._log,
         )
         if reason is not None:
             self._damages.append(f"old conversations could not be taken over, the next start tries again: {reason}")
+        if self._settings.mirror and (reason is None or not adopts_mirror):
+            # Not before: it would write over what is to be taken over.
+            engine.start_mirror(
+                trusted_seq=self._manifest.snapshot_seq if is_sound and not adopts_mirror else None,
+                last_seq=self._last_seq,
+                lineage=self._lineage_now,
+                stamp=self._now_stamp,
+            )
 
     # Snapshots.
 
@@ -327,9 +359,11 @@ class _Recovery:
 
     def _lineage(self) -> str:
         """Whose seqs these are; without a manifest that tells, the backups may."""
+        if self._is_new:
+            return new_lineage()  # whatever backups lie here: what begins now gives their numbers to other events
         manifests = [self._manifest] if self._alternative is None else [self._manifest, self._alternative]
-        known = [one.lineage for one in manifests]
-        if not any(known):
+        known = [*(one.lineage for one in manifests), noted_lineage(self._directory.path)]
+        if not any(known) and not self._has_manifest:
             known = [found.manifest.lineage for found in self._backed.sets if found.manifest is not None]
         return next(filter(None, known), "") or new_lineage()
 
@@ -345,7 +379,7 @@ class _Recovery:
                     names[file] = stem
                 else:
                     self._ignore(file, stem, "its name is no collection's name")
-        for file in [*self._manifest.files, *self._backed_up_files()]:
+        for file in [*self._manifest.files, *self._known_files]:
             if file not in names and file not in _NOT_COLLECTIONS and is_custom_name(file.removesuffix(".json")):
                 names[file] = file.removesuffix(".json")
         for file, name in names.items():
@@ -363,7 +397,7 @@ class _Recovery:
                 self._replaced.add(file)
                 reason = f"{file} is missing; it held {known.records} records"
                 self._recover(file, Collection(name), 0, reason, known)
-            elif file in self._backed_up_files():
+            elif file in self._known_files:
                 self._replaced.add(file)
                 self._recover(file, Collection(name), 0, f"{file} is missing, and so is the manifest", None)
             return
@@ -387,22 +421,24 @@ class _Recovery:
             return
         self._load_changed(file, name, is_ours=bool(entries) or name in BUILT_IN, known=known)
 
-    def _backed_up_files(self) -> list[str]:
+    @cached_property
+    def _known_files(self) -> list[str]:
         """The snapshot files that a backup has with something in them, where no manifest says what there should be.
 
         Empty when nothing was flushed yet: then a backup is no word about these files.
         """
-        if self._has_manifest or not self._base_seq():
+        base_seq = self._base_seq()
+        if self._has_manifest or not base_seq:
             return []
         some = [found.manifest.files for found in self._backed.sets if found.manifest is not None]
-        return sorted(
-            {
-                name
-                for files in some
-                for name, stored in files.items()
-                if stored.kind == "snapshot" and (stored.records or name == SALES_FILE)
-            }
-        )
+        backed_up = {
+            name
+            for files in some
+            for name, stored in files.items()
+            if stored.kind == "snapshot" and (stored.records or name == SALES_FILE)
+        }
+        # What began after the newest backup only the events know of.
+        return sorted(backed_up | self._backed.files_until(base_seq))
 
     def _entries_of(self, file: str) -> list[FileEntry]:
         """What *file* may be as we left it: by the manifest, or by the one of an interrupted flush."""
@@ -554,26 +590,52 @@ class _Recovery:
         found = self._directory.stat(_OLD_USERS)
         if found is None or not stat.S_ISDIR(found.st_mode) or self._directory.stat(file_of(USERS)) is not None:
             return
-        profiles = []
+        collection = Collection(USERS)
         with self._directory.subdirectory(_OLD_USERS) as old:
             for name in old.names():
                 if not name.endswith(".json"):
                     continue
                 self._check_cancelled()
                 try:
-                    profiles.append(msgspec.json.decode(old.read(name)))
+                    profile = msgspec.json.decode(old.read(name).removeprefix(b"\xef\xbb\xbf"))
                 except (OSError, ValueError, RecursionError) as error:
-                    self._counts.skipped_invalid += 1
-                    self._log.info("file.ignored", file=f"{_OLD_USERS}/{name}", reason=str(error))
-        collection = Collection(USERS)
-        counts = load_foreign(profiles, self._state, collection, self._rules, self._now_ms, bump_versions=False)
-        self._counts.skipped_invalid += counts.skipped_invalid
-        self._counts.merged += counts.merged
+                    self._lose_user_file(name, str(error))
+                    continue
+                if isinstance(profile, dict) and profile.get(USER_ID_FIELD) in (None, ""):
+                    # As of a conversation: whose it is its name says as well.
+                    id = name.removesuffix(".json")
+                    with suppress(InvalidRecord):
+                        check_id(id, self._rules)
+                        profile[USER_ID_FIELD] = id
+                counts = load_foreign(
+                    [profile], self._state, collection, self._rules, self._now_ms, bump_versions=False
+                )
+                self._counts.merged += counts.merged
+                if counts.skipped_invalid:
+                    self._lose_user_file(
+                        name, f"expected a JSON object with a {USER_ID_FIELD} that can be kept exactly"
+                    )
         self._adopt(collection, 0)
+
+    def _lose_user_file(self, name: str, reason: str) -> None:
+        """Nothing of the profile in the file *name* can be taken: it goes to ``quarantine/``."""
+        self._counts.skipped_invalid += 1
+        # A name need not be text.
+        file = os.fsencode(f"{_OLD_USERS}/{name}").decode("utf-8", "backslashreplace")
+
+        def move(quarantine: Directory) -> None:
+            new_name = f"{self._stamp()}-{_OLD_USERS}-{short_name(name)}"
+            report = {"file": file, "reason": reason, "at": format_ms(self._now_ms)}
+            quarantine.write_atomic(f"{new_name}.report.json", [msgspec.json.encode(report) + b"\n"])
+            with self._directory.subdirectory(_OLD_USERS) as old:
+                old.move(name, quarantine, new_name)
+
+        self._evidence.append(move)
+        self._lose(file, f"{file} cannot be taken over: {reason}", 0)
 
     def _load_sales(self) -> None:
         if self._directory.stat(SALES_FILE) is None:
-            if SALES_FILE in self._manifest.files or SALES_FILE in self._backed_up_files():
+            if SALES_FILE in self._manifest.files or SALES_FILE in self._known_files:
                 self._replaced.add(SALES_FILE)
                 self._recover_sales(f"{SALES_FILE} is missing")
             return
@@ -671,14 +733,12 @@ class _Recovery:
         found = self._backed.events(history.gaps)
         missing: list[tuple[int, int]] = []
         for first, last in history.gaps:
-            for seq in range(first, last + 1):
-                if seq in found:
-                    continue
-                if missing and missing[-1][1] == seq - 1:
-                    missing[-1] = (missing[-1][0], seq)
-                else:
-                    missing.append((seq, seq))
-            got = sum(first <= seq <= last for seq in found)
+            there = sorted(seq for seq in found if first <= seq <= last)
+            # Never seq by seq: the name of a stray segment may leave a gap of any size.
+            for before, behind in pairwise([first - 1, *there, last + 1]):
+                if behind > before + 1:
+                    missing.append((before + 1, behind - 1))
+            got = len(there)
             self._log.info(
                 "recovery.candidate_found",
                 file=f"journal/{segment_name(first)}",

@@ -366,7 +366,7 @@ class Transcripts:
             asked = msgspec.structs.replace(wanted, limit=min(at_once, wanted.limit - len(found)))
             some = self._some(id, asked)
             found = some + found if wanted.newest else found + some
-            size += sum(len(message.content) + len(message.metadata) for message in some)
+            size += sum(_bytes_of(message.content) + len(message.metadata) for message in some)
             if len(some) < asked.limit or len(found) == wanted.limit:
                 return found, False
             if size >= READ_BYTES_MAX:
@@ -502,3 +502,7 @@ def _decoded(cursor: str | None, of: str, filters: list[Any], kind: Any) -> Any:
     except (ValueError, msgspec.DecodeError):
         raise BadRequest("not a cursor; use the 'next' of the page before, or leave it out") from None
     raise BadRequest("a cursor of another list, or of this list with other filters; begin again without it")
+
+
+def _bytes_of(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())

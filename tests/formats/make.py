@@ -74,6 +74,8 @@ def main(place: Path) -> None:
     for op in FLUSHED:
         do(engine, op)
     engine.flush("api")
+    if hasattr(engine, "backups"):
+        engine.backups.take("api")
     for op in JOURNALED:
         do(engine, op)
     expected = orjson.dumps(everything(engine), option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)

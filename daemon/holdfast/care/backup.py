@@ -24,6 +24,7 @@ from holdfast.care.backup_set import (
     BackupSet,
     Proof,
     list_sets,
+    note_lineage,
     own_sets,
     read_set,
     write_proof,
@@ -119,7 +120,7 @@ class Backups:
         self._source = source
         self._clock = clock
         self._log = log
-        self._since_ms = clock.now_ms()
+        self._since = (clock.now_ms(), clock.monotonic())
         self._cancelled = threading.Event()
         # While a set is written, proved, or removed.
         self._turns = Turns[BackupReport]()
@@ -135,8 +136,17 @@ class Backups:
             if data.stat(BACKUPS) is not None:
                 with data.subdirectory(BACKUPS) as backups:
                     remove_half_made(backups)
-        self._count(list_sets(self._source.data_dir))
-        own = own_sets(self._source.data_dir)
+                    with suppress(StorageFull):
+                        note_lineage(backups, self._source.flusher.hold(lambda manifest, directory: manifest.lineage))
+        sets = list_sets(self._source.data_dir)
+        self._count(sets)
+        own = [found for found in sets if found.manifest is not None and not found.is_foreign]
+        strange = [found.name for found in sets if found.is_foreign]
+        if strange and not own and not self._source.seq():
+            self._source.notes["unrestored"] = (
+                f"nothing is here but backups of what was lost, or of another directory; `holdfast restore {strange[0]}` "
+                "brings them back"
+            )
         self._note_newest(own[0] if own else None)
         self._note_newer(own)
         self.history.start()
@@ -205,7 +215,7 @@ class Backups:
         """What an operator should do something about; empty when the newest set is new enough, or nothing is to be saved."""
         every_s = self._source.settings().backups.every
         now_ms, taken_ms = self._clock.now_ms(), self._figures.taken_ms
-        age_s = (now_ms - max(taken_ms, self._since_ms)) / 1000
+        age_s = (now_ms - max(taken_ms, self._since[0])) / 1000
         if age_s <= OVERDUE_AFTER * every_s or not self._source.seq():
             return ""
         what = (
@@ -391,7 +401,9 @@ class Backups:
 
     def _rotate(self) -> None:
         sets = list_sets(self._source.data_dir)
-        now_ms = self._clock.now_ms()
+        # A wall clock that jumped ahead makes nothing old.
+        since_ms, since = self._since
+        now_ms = min(self._clock.now_ms(), since_ms + round((self._clock.monotonic() - since) * 1000))
         wanted = self._source.settings().backups
         removed = [found for found in stale(sets, wanted, now_ms) if not was_fetched_lately(found, now_ms)]
         if not removed:
@@ -400,7 +412,7 @@ class Backups:
             with Directory(self._source.data_dir / BACKUPS) as backups:
                 for found in removed:
                     remove_set(backups, found.name)
-        except OSError as error:
+        except (HoldfastError, OSError) as error:
             self._log.warning("backups.rotation_failed", reason=str(error))
             return
         self._log.info("backups.rotated", removed=[found.name for found in removed], kept=len(sets) - len(removed))

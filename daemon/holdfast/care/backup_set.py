@@ -21,15 +21,16 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from holdfast.care.packing import PACKED, SEALED, Seal, Unreadable, seal_for, unpack
+from holdfast.care.signed import encode_signed, indented, is_whole
 from holdfast.disk.files import Directory
-from holdfast.disk.snapshot import MANIFEST, Manifest, lineage_of
+from holdfast.disk.snapshot import MANIFEST, MANIFEST_NEXT, Manifest, read_manifest
 from holdfast.errors import DataRefused
 
 SET_FORMAT = 1
@@ -38,7 +39,7 @@ SET_FORMAT = 1
 BACKUPS = "backups"
 """The directory of the sets, within the data directory."""
 
-SET_FILE, PROOF_FILE = "set.json", "proof.json"
+SET_FILE, PROOF_FILE, LINEAGE_FILE = "set.json", "proof.json", "lineage.json"
 SET_NAME = re.compile(r"\d{4}-\d\d-\d\dT\d{6}\.\d{3}Z")
 """The time of a set without colons; everything else in ``backups/`` is kept evidence (``start-…``, ``edited-…``) or half made."""
 
@@ -161,6 +162,28 @@ class BackupSet(NamedTuple):
         return 0 if self.manifest is None else sum(file.stored_bytes for file in self.manifest.files.values())
 
 
+def lineage_of(data_dir: Path) -> str:
+    """The lineage of the directory *data_dir*; empty when nothing there tells."""
+    for name in (MANIFEST, MANIFEST_NEXT):
+        with suppress(DataRefused, ValueError, OSError), Directory(data_dir) as data:
+            if (manifest := read_manifest(data, name)) is not None and manifest.lineage:
+                return manifest.lineage
+    return noted_lineage(data_dir)
+
+
+def noted_lineage(data_dir: Path) -> str:
+    """What ``note_lineage`` has kept for the case that no manifest can be read; empty when it has not."""
+    with suppress(OSError, msgspec.DecodeError), Directory(data_dir / BACKUPS) as backups:
+        return msgspec.json.decode(backups.read(LINEAGE_FILE), type=dict[str, str]).get("lineage", "")
+    return ""
+
+
+def note_lineage(backups: Directory, lineage: str) -> None:
+    """Keep beside the sets in *backups* which of them are ours; errors as ``Directory.write_atomic``."""
+    if lineage and noted_lineage(backups.path.parent) != lineage:
+        backups.write_atomic(LINEAGE_FILE, [msgspec.json.encode({"lineage": lineage}), b"\n"])
+
+
 def list_sets(data_dir: Path) -> list[BackupSet]:
     """The sets of the directory *data_dir*, newest first; those that cannot be read say why."""
     sets = list_sets_in(data_dir / BACKUPS)
@@ -188,7 +211,9 @@ def list_sets_in(place: Path) -> list[BackupSet]:
         names = os.listdir(place)
     except OSError:
         return []
-    return [read_set(place / name) for name in sorted(names, reverse=True) if SET_NAME.fullmatch(name)]
+    # Links lead out of here, and sets are written to: their proofs.
+    ours = [place / name for name in names if SET_NAME.fullmatch(name) and not (place / name).is_symlink()]
+    return [read_set(path) for path in sorted(ours, reverse=True)]
 
 
 def read_set(path: Path) -> BackupSet:
@@ -208,8 +233,7 @@ def read_set(path: Path) -> BackupSet:
 
 def encode_set_manifest(manifest: SetManifest) -> bytes:
     """Its JSON, indented for people."""
-    bare = msgspec.structs.replace(manifest, checksum="")
-    return _indented(msgspec.structs.replace(bare, checksum=hashlib.sha256(_indented(bare)).hexdigest()))
+    return encode_signed(manifest)
 
 
 def decode_set_manifest(raw: bytes) -> SetManifest:
@@ -228,7 +252,7 @@ def decode_set_manifest(raw: bytes) -> SetManifest:
         manifest = msgspec.json.decode(raw, type=SetManifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"not the manifest of a set: {error}") from None
-    if encode_set_manifest(manifest) != raw:
+    if not is_whole(raw):
         raise ValueError("its checksum does not hold")
     for name, file in manifest.files.items():
         # A set may come from elsewhere, and these become paths.
@@ -240,7 +264,7 @@ def decode_set_manifest(raw: bytes) -> SetManifest:
 def write_proof(path: Path, proof: Proof) -> None:
     """Note in the set *path* how proving it went; errors as ``Directory.write_atomic``."""
     with Directory(path) as directory:
-        directory.write_atomic(PROOF_FILE, [_indented(proof)])
+        directory.write_atomic(PROOF_FILE, [indented(proof)])
 
 
 def decode_proof(raw: bytes) -> Proof | None:
@@ -339,7 +363,3 @@ def _read_proof(directory: Directory) -> Proof | None:
         return decode_proof(directory.read(PROOF_FILE))
     except OSError:
         return None
-
-
-def _indented(value: msgspec.Struct) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from holdfast.care.backup_set import (
     SetDamaged,
     StoredFile,
     encode_set_manifest,
+    lineage_of,
     list_sets,
     marked,
     own_sets,
@@ -29,11 +32,22 @@ from holdfast.care.backup_set import (
     write_proof,
 )
 from holdfast.care.history import JOURNAL, PACKED_NAME
-from holdfast.care.store import SCHEME, CopyFailed, SourceDamaged, Stopped, Store, store_of
+from holdfast.care.history_follower import QUARANTINE, packed_parts
+from holdfast.care.store import (
+    SCHEME,
+    CopyFailed,
+    SourceDamaged,
+    Stopped,
+    Store,
+    known_files,
+    link_known,
+    stands_whole,
+    store_of,
+)
 from holdfast.clock import format_ms, parse_ms
-from holdfast.disk.files import Directory
-from holdfast.disk.snapshot import lineage_of
-from holdfast.errors import HoldfastError, NotFound, Unavailable
+from holdfast.disk.files import Directory, kept_from_writers
+from holdfast.disk.snapshot import MANIFEST, MANIFEST_NEXT, read_manifest
+from holdfast.errors import DataRefused, DirectoryLocked, HoldfastError, NotFound, Unavailable
 from holdfast.settings import Settings
 
 CHECK_EVERY_S = 5.0
@@ -324,11 +338,15 @@ class Fetched(NamedTuple):
         found: the set, now in ``backups/``.
         bytes: so many had to be read from there; the others were here.
         history: files of the history that came with it.
+        left: why the history that is there stayed there; empty when it did not, or there is none.
+        set_aside: where the damaged set of the same name went, within the data directory; empty when there was none.
     """
 
     found: BackupSet
     bytes: int
     history: int
+    left: str = ""
+    set_aside: str = ""
 
 
 def fetch(
@@ -339,7 +357,9 @@ def fetch(
 ) -> Fetched:
     """Bring the set *name*, or the newest one for ``latest``, from *store* into ``backups/`` of *data_dir*.
 
-    The history that is there comes along where there is none here. *progress* is told the file, and bytes done of all.
+    One of that name that is here is read, and stays when it is the same; else it goes to ``quarantine/``. The history that
+    is there comes along where none is packed here, and the numbers of its events mean no others here. *progress* is told
+    the file, and bytes done of all.
 
     Raises:
         NotFound: there is no such set; says which there are.
@@ -353,31 +373,34 @@ def fetch(
         if found is None or found.manifest is None:
             known = ", ".join(one.name for one in there[:10]) or "none at all"
             raise NotFound(f"{store.where} has no backup {name}; it has {known}")
-        with Directory(data_dir) as directory, directory.subdirectory(BACKUPS) as backups:
-            size = 0
-            if backups.stat(found.name) is None:
-                size = _fetch_set(store, found, backups, progress)
-            history = _fetch_history(store, backups)
-        return Fetched(read_set(data_dir / BACKUPS / found.name), size, history)
+        with Directory(data_dir) as data, data.subdirectory(BACKUPS) as backups:
+            size, set_aside = 0, ""
+            difference = None if backups.stat(found.name) is None else _difference(found, backups, progress)
+            if difference != "":
+                with _laid_out(store, found, backups, progress) as size:
+                    if difference is not None:
+                        set_aside = _set_aside(data, backups, found.name, difference)
+            history, left = _fetch_history(store, found, data_dir, backups)
+        return Fetched(read_set(data_dir / BACKUPS / found.name), size, history, left, set_aside)
     except CopyFailed as error:
         raise Unavailable(str(error)) from error
 
 
-def _fetch_set(store: Store, found: BackupSet, backups: Directory, progress: Callable[[str, int, int], object]) -> int:
+@contextmanager
+def _laid_out(
+    store: Store, found: BackupSet, backups: Directory, progress: Callable[[str, int, int], object]
+) -> Iterator[int]:
+    """Lay *found* out in *backups*, and give it its name behind the block; how many bytes had to be read from *store*."""
     assert found.manifest is not None
     half_made = f".{found.name}.{os.getpid()}.tmp"
-    here = _known_here(backups)
+    here = known_files(list_sets(backups.path.parent))
     total = sum(stored.stored_bytes for stored in found.manifest.files.values())
     done = size = 0
     try:
         with backups.subdirectory(half_made) as target:
             for name, stored in found.manifest.files.items():
                 progress(name, done, total)
-                earlier = here.get((stored.stored_sha256, stored.stored_bytes))
-                if earlier is not None:
-                    with Directory(earlier.parent) as before:
-                        before.keep_link(earlier.name, target, stored.stored)
-                else:
+                if not link_known(here, stored, target):
                     target.write_atomic(stored.stored, _whole(store, found, stored))
                     size += stored.stored_bytes
                 done += stored.stored_bytes
@@ -385,23 +408,87 @@ def _fetch_set(store: Store, found: BackupSet, backups: Directory, progress: Cal
             target.write_atomic(SET_FILE, [encode_set_manifest(found.manifest)])
             if found.proof is not None:
                 write_proof(target.path, found.proof)
+        yield size
         backups.rename(half_made, found.name)
         backups.sync()
     except BaseException:
         if backups.stat(half_made) is not None:
             backups.remove_tree(half_made)
         raise
-    return size
 
 
-def _fetch_history(store: Store, backups: Directory) -> int:
+def _difference(found: BackupSet, backups: Directory, progress: Callable[[str, int, int], object]) -> str:
+    """In what the set of the name of *found* that stands in *backups* is not as *found* says; empty when it is the same."""
+    assert found.manifest is not None
+    here = read_set(backups.path / found.name)
+    if here.manifest is None:
+        return here.damage
+    # What a later version knows beyond it is not written here again, which gives it another checksum.
+    if msgspec.structs.replace(here.manifest, checksum="") != msgspec.structs.replace(found.manifest, checksum=""):
+        return f"its {SET_FILE} is another one than that of the copy"
+    done, total = 0, found.stored_bytes
+    with Directory(here.path) as directory:
+        for name, stored in found.manifest.files.items():
+            progress(name, done, total)
+            if not stands_whole(directory, stored.stored, stored):
+                return f"{stored.stored} is not what was backed up"
+            done += stored.stored_bytes
+    return ""
+
+
+def _set_aside(data: Directory, backups: Directory, name: str, reason: str) -> str:
+    """Put the set *name* into ``quarantine/``, with a report of what is wrong with it; its place there."""
+    at = format_ms(time.time_ns() // 1_000_000)
+    new_name = f"{at.replace(':', '')}-{name}"
+    report = {"file": f"{BACKUPS}/{name}", "reason": reason, "at": at}
+    with data.subdirectory(QUARANTINE) as quarantine:
+        quarantine.write_atomic(f"{new_name}.report.json", [msgspec.json.encode(report), b"\n"])
+        backups.move(name, quarantine, new_name)
+    return f"{QUARANTINE}/{new_name}"
+
+
+def _fetch_history(store: Store, found: BackupSet, data_dir: Path, backups: Directory) -> tuple[int, str]:
+    """Bring the history here that *found* stands in; how many files, and why it stayed where it is when it did."""
+    assert found.manifest is not None
+    names = list(store.history())
+    if not names or packed_parts(data_dir):
+        return 0, ""  # what is here is newer, and may be of another life of this directory
+    if found.manifest.lineage in ("", lineage_of(data_dir)):
+        return _copy_history(store, names, backups), ""
+    try:
+        # Whoever runs may have his first event in the next moment.
+        with kept_from_writers(data_dir):
+            if _has_events(data_dir, found.manifest.lineage):
+                return 0, (
+                    "it is of another data directory, and the same numbers are other events here; fetch it into an empty "
+                    "data directory (--data-dir) for its moments"
+                )
+            return _copy_history(store, names, backups), ""
+    except DirectoryLocked as error:
+        return 0, f"it is of another data directory than this one, which is in use: {error}"
+
+
+def _copy_history(store: Store, names: list[str], backups: Directory) -> int:
     with backups.subdirectory(JOURNAL) as place:
-        if any(PACKED_NAME.fullmatch(name) for name in place.names()):
-            return 0  # what is here is newer, and may be of another life of this directory
-        names = list(store.history())
         for name in names:
             place.write_atomic(name, store.read_history(name))
     return len(names)
+
+
+def _has_events(data_dir: Path, lineage: str) -> bool:
+    """Whether anything in the directory *data_dir*, which nobody has open, tells of an event; sets of *lineage* aside."""
+    for name in (MANIFEST, MANIFEST_NEXT):
+        try:
+            with Directory(data_dir) as data:
+                manifest = read_manifest(data, name)
+        except (DataRefused, ValueError, OSError):
+            return True  # there was one
+        if manifest is not None and manifest.snapshot_seq:
+            return True
+    if any(path.stat().st_size for path in (data_dir / JOURNAL).rglob("*.jsonl")):
+        return True
+    others = [one.manifest for one in list_sets(data_dir) if one.manifest and one.manifest.lineage != lineage]
+    return any(manifest.seq for manifest in others)
 
 
 def _whole(store: Store, found: BackupSet, stored: StoredFile) -> Iterator[bytes]:
@@ -412,16 +499,6 @@ def _whole(store: Store, found: BackupSet, stored: StoredFile) -> Iterator[bytes
         yield piece
     if size != stored.stored_bytes or digest.hexdigest() != stored.stored_sha256:
         raise SetDamaged(f"{store.where}: {stored.stored} of {found.name} is not what was copied; take an older backup")
-
-
-def _known_here(backups: Directory) -> dict[tuple[str, int], Path]:
-    return {
-        (stored.stored_sha256, stored.stored_bytes): one.path / stored.stored
-        for one in list_sets(backups.path.parent)
-        if one.manifest is not None
-        for stored in one.manifest.files.values()
-        if (one.path / stored.stored).is_file() and (one.path / stored.stored).stat().st_size == stored.stored_bytes
-    }
 
 
 def _noted_place(data_dir: Path) -> str:

@@ -24,6 +24,7 @@ from holdfast.archive.base import MessageQuery
 from holdfast.care import tar
 from holdfast.care.packing import Seal, pack
 from holdfast.care.redact import Redactor
+from holdfast.care.signed import encode_signed, is_whole
 from holdfast.clock import format_ms, parse_ms
 from holdfast.core.rules import Rules
 from holdfast.core.sales import Sales, decode_sales, encode_sales
@@ -185,8 +186,7 @@ class Export:
 
 def encode_export_manifest(manifest: ExportManifest) -> bytes:
     """Its JSON, indented for people."""
-    bare = msgspec.structs.replace(manifest, checksum="")
-    return _indented(msgspec.structs.replace(bare, checksum=hashlib.sha256(_indented(bare)).hexdigest()))
+    return encode_signed(manifest)
 
 
 def decode_export_manifest(raw: bytes) -> ExportManifest | None:
@@ -211,7 +211,7 @@ def decode_export_manifest(raw: bytes) -> ExportManifest | None:
         manifest = msgspec.json.decode(raw, type=ExportManifest)
     except msgspec.DecodeError:
         manifest = None
-    if manifest is None or encode_export_manifest(manifest) != raw:
+    if manifest is None or not is_whole(raw):
         raise InvalidRecord("its manifest.json was changed since it was written; export it again")
     return manifest
 
@@ -263,6 +263,11 @@ class _Picture(NamedTuple):
 
 
 def _check(engine: Engine, wanted: Selection) -> None:
+    if wanted.since_ms is not None and wanted.until_ms is not None and wanted.since_ms >= wanted.until_ms:
+        raise BadRequest(
+            f"expected since to lie before until, found {format_ms(wanted.since_ms)} and {format_ms(wanted.until_ms)}; "
+            "exchange them"
+        )
     if wanted.conversation is not None:
         if wanted.collection not in (None, CONVERSATIONS) or wanted.state is not None or wanted.where:
             raise BadRequest("expected one conversation or a choice among many, found both")
@@ -519,10 +524,6 @@ class _Spool:
     def entry(self) -> ExportFile:
         """What the manifest says of it."""
         return ExportFile(self.records, self._bytes, self._digest.hexdigest())
-
-
-def _indented(value: msgspec.Struct) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
 assert set(_PARTS) - {SALES} <= {*BUILT_IN, "orders"}

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +36,7 @@ from holdfast.care.mirror import CONVERSATIONS_PLACE, ESCALATION_ENDING, ESCALAT
 from holdfast.care.packing import PACKED, SEALED, Seal, Unreadable, unpack
 from holdfast.core.state import COMPLETED_ORDERS, CONVERSATIONS, ESCALATIONS, ORDERS, SESSIONS, USERS, is_custom_name
 from holdfast.disk.files import FULL_ERRNOS, Directory
+from holdfast.disk.snapshot import record_start, whole_records
 from holdfast.errors import BadRequest, HoldfastError, InvalidJson, InvalidRecord, NotFound, StorageFull
 from holdfast.flush import FILE_OF, SALES_FILE
 
@@ -76,12 +79,24 @@ class Part(NamedTuple):
         kind: a collection, ``conversations`` or ``escalations`` of an export, ``sales``, or one old conversation or escalation.
         open: its content from the beginning; to be closed.
         written_ms: when it was written, ms since 1970; 0 when that is not known.
+        held_bytes_max: so much of it may be in memory at a time; FILE_BYTES_MAX and LINE_BYTES_MAX hold as well.
     """
 
     name: str
     kind: str
     open: Callable[[], IO[bytes]]
     written_ms: int = 0
+    held_bytes_max: int = FILE_BYTES_MAX
+
+    @property
+    def line_bytes_max(self) -> int:
+        """Of one record or conversation in it, on a line or in a file of its own."""
+        return min(LINE_BYTES_MAX, self.held_bytes_max)
+
+    def too_large(self, place: str, bytes_max: int) -> InvalidRecord:
+        """The error for what is above *bytes_max* at *place* in it."""
+        how = "" if self.held_bytes_max == FILE_BYTES_MAX else ", or take it with `holdfast import`"
+        return InvalidRecord(f"{place}: expected at most {bytes_max} bytes, found more; split it{how}")
 
 
 class Wrong(NamedTuple):
@@ -113,7 +128,9 @@ class Given:
         ignored: files that are none of ours, by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held_bytes_max: int = FILE_BYTES_MAX) -> None:
+        """*held_bytes_max*: of each of its parts."""
+        self.held_bytes_max = held_bytes_max
         self.parts: list[Part] = []
         self.manifest: ExportManifest | None = None
         self.ignored: list[str] = []
@@ -134,7 +151,7 @@ class Given:
         if kind is None:
             self.ignored.append(name)
         else:
-            self.parts.append(Part(name, kind, opener, written_ms))
+            self.parts.append(Part(name, kind, opener, written_ms, self.held_bytes_max))
 
     def _finish(self) -> None:
         order = {name: place for place, name in enumerate(_ORDER)}
@@ -156,8 +173,10 @@ _ORDER = (
 """In which collections are taken: what others rest on first."""
 
 
-def open_path(path: Path, scratch: Path, seal: Seal | None = None) -> Given:
+def open_path(path: Path, scratch: Path, seal: Seal | None = None, *, held_bytes_max: int = FILE_BYTES_MAX) -> Given:
     """What stands at *path*, a directory or file; *scratch* is a directory with room for what is unpacked.
+
+    At most *held_bytes_max* of a file are in memory at a time; one of which more would have to be is refused.
 
     Raises:
         NotFound: nothing stands there.
@@ -173,24 +192,31 @@ def open_path(path: Path, scratch: Path, seal: Seal | None = None) -> Given:
             path = path.resolve()
             status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            return _open_directory(path)
+            return _open_directory(path, held_bytes_max)
         if not stat.S_ISREG(status.st_mode):
             raise BadRequest(f"expected a directory or a file at {path}, found something else; name an export")
         with Directory(path.parent) as directory:
-            return open_file(directory, path.name, scratch, seal)
+            return open_file(directory, path.name, scratch, seal, held_bytes_max=held_bytes_max)
     except FileNotFoundError as error:
         raise NotFound(f"nothing is at {path}; name an export, a directory of data or one file of it") from error
     except OSError as error:
         raise BadRequest(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def open_file(directory: Directory, name: str, scratch: Path, seal: Seal | None = None) -> Given:
+def open_file(
+    directory: Directory,
+    name: str,
+    scratch: Path,
+    seal: Seal | None = None,
+    *,
+    held_bytes_max: int = FILE_BYTES_MAX,
+) -> Given:
     """The one file *name* in *directory*; errors as ``open_path``."""
     with os.fdopen(directory.open_to_read(name), "rb") as file:
         if name.endswith(_ARCHIVE_ENDINGS):
-            return open_archive(_pieces(file), scratch, name, seal)
+            return open_archive(_pieces(file), scratch, name, seal, held_bytes_max=held_bytes_max)
         raw_size = os.fstat(file.fileno()).st_size
-    given = Given()
+    given = Given(held_bytes_max)
     try:
         parent = given._keep(Directory(directory.path))
         opener = opener_in(parent, name)
@@ -200,7 +226,7 @@ def open_file(directory: Directory, name: str, scratch: Path, seal: Seal | None 
         kind = _kind_of_name(name)
         if kind is None or (kind not in _ORDER and _is_one_object(opener)):
             # One conversation may be called as a collection is.
-            kind = _kind_of_content(name, opener, raw_size) or kind
+            kind = _kind_of_content(Part(name, "", opener, 0, held_bytes_max), raw_size) or kind
         if kind is None:
             raise InvalidRecord(
                 f"expected a file of data, such as chat_sessions.json or notes.json, found {name!r:.80}, which is no name "
@@ -213,13 +239,20 @@ def open_file(directory: Directory, name: str, scratch: Path, seal: Seal | None 
     return given
 
 
-def open_archive(chunks: Iterable[bytes], scratch: Path, name: str, seal: Seal | None = None) -> Given:
+def open_archive(
+    chunks: Iterable[bytes],
+    scratch: Path,
+    name: str,
+    seal: Seal | None = None,
+    *,
+    held_bytes_max: int = FILE_BYTES_MAX,
+) -> Given:
     """The archive *chunks*, called *name*, unpacked; errors as ``open_path``."""
     if name.endswith(SEALED) and seal is None:
         raise BadRequest(f"{name!r:.80} is encrypted; give the identity that opens it (--identity FILE)")
     if not name.endswith(".tar"):
         chunks = unpack(_small(chunks), seal if name.endswith(SEALED) else None)
-    given = Given()
+    given = Given(held_bytes_max)
     sums: dict[str, tuple[int, str]] = {}
     raw_manifest: bytes | None = None
     try:
@@ -260,8 +293,8 @@ def open_archive(chunks: Iterable[bytes], scratch: Path, name: str, seal: Seal |
     return given
 
 
-def _open_directory(path: Path) -> Given:
-    given = Given()
+def _open_directory(path: Path, held_bytes_max: int) -> Given:
+    given = Given(held_bytes_max)
     try:
         root: Directory = given._keep(Directory(path))
         names = root.names()
@@ -383,11 +416,14 @@ def _is_one_object(opener: Callable[[], IO[bytes]]) -> bool:
         return file.read(READ_BUFFER_BYTES).removeprefix(_BOM).lstrip().startswith(b"{")
 
 
-def _kind_of_content(name: str, opener: Callable[[], IO[bytes]], size: int) -> str | None:
-    """What a file whose name does not tell holds: one conversation, one escalation, or sales figures."""
-    if not name.endswith(".json") or size > LINE_BYTES_MAX:
+def _kind_of_content(part: Part, size: int) -> str | None:
+    """What a file of *size* bytes whose name does not tell holds: one conversation, one escalation, or sales figures."""
+    name = part.name
+    if not name.endswith(".json"):
         return None
-    with opener() as file:
+    if size > part.line_bytes_max:
+        raise part.too_large(name, part.line_bytes_max)
+    with part.open() as file:
         try:
             content = orjson.loads(file.read().removeprefix(_BOM))
         except orjson.JSONDecodeError as error:
@@ -401,27 +437,28 @@ def _kind_of_content(name: str, opener: Callable[[], IO[bytes]], size: int) -> s
     return SALES if "daily" in content and "totals" in content else None
 
 
-def records_of(part: Part) -> Iterator[dict[str, Any] | Wrong]:
+def records_of(part: Part, *, salvages: bool = False) -> Iterator[dict[str, Any] | Wrong]:
     """The records in *part*, decoded, one after the other; what is none of them is told as such.
 
-    A file with a record on each line, as ours have it, is never in memory as a whole.
+    A file with a record on each line, as ours have it, is never in memory as a whole. Of an array in any other layout that is
+    damaged so that nobody can tell where its records end, *salvages* takes those that are whole.
 
     Raises:
         InvalidRecord: nothing can be made of the file: it is no JSON, cut short, or too large.
     """
     with part.open() as file:
-        first = file.readline(LINE_BYTES_MAX)
+        first = file.readline(part.line_bytes_max)
         if part.name.endswith(".jsonl"):
             if first:
-                yield from _lines(part, _rest(first, file), 1)
+                yield from _lines(part, _rest(part, first, file), 1)
             return
         if first.rstrip(b"\r\n") == b"[":
-            second = file.readline(LINE_BYTES_MAX)
+            second = file.readline(part.line_bytes_max)
             if _is_record(second):
                 yield from _array_lines(part, second, file)
                 return
             first += second
-        yield from _whole(part, first, file)
+        yield from _whole(part, first, file, salvages)
 
 
 def whole_of(part: Part) -> dict[str, Any]:
@@ -431,9 +468,9 @@ def whole_of(part: Part) -> dict[str, Any]:
         InvalidRecord: it is none, or cannot be kept exactly.
     """
     with part.open() as file:
-        raw = file.read(LINE_BYTES_MAX + 1)
-    if len(raw) > LINE_BYTES_MAX:
-        raise InvalidRecord(f"{part.name}: expected at most {LINE_BYTES_MAX} bytes, found more; split it")
+        raw = read_up_to(file, part.line_bytes_max + 1)
+    if len(raw) > part.line_bytes_max:
+        raise part.too_large(part.name, part.line_bytes_max)
     return _object_in(raw.removeprefix(_BOM), part.name)
 
 
@@ -449,8 +486,8 @@ def _object_in(raw: bytes, place: str) -> dict[str, Any]:
 def _lines(part: Part, lines: Iterable[bytes], number: int) -> Iterator[dict[str, Any] | Wrong]:
     for line in lines:
         place = f"{part.name}, line {number}"
-        if len(line) >= LINE_BYTES_MAX:
-            raise InvalidRecord(f"{place}: expected at most {LINE_BYTES_MAX} bytes on a line, found more")
+        if len(line) >= part.line_bytes_max:
+            raise part.too_large(place, part.line_bytes_max)
         number += 1
         if not line.strip():
             continue
@@ -465,15 +502,15 @@ def _array_lines(part: Part, second: bytes, file: IO[bytes]) -> Iterator[dict[st
     line, number = second, 2
     is_ours = False
     while line.rstrip(b"\r\n") != b"]":
-        if len(line) >= LINE_BYTES_MAX:
-            raise InvalidRecord(f"{part.name}: expected at most {LINE_BYTES_MAX} bytes on a line, found more")
-        following = file.readline(LINE_BYTES_MAX)
+        if len(line) >= part.line_bytes_max:
+            raise part.too_large(f"{part.name}, line {number}", part.line_bytes_max)
+        following = file.readline(part.line_bytes_max)
         bare = line.rstrip(b"\r\n").removesuffix(b",")
         if not is_ours and not (following and _is_json(bare)):
             is_ours = True
             place = file.tell()
             file.seek(0)
-            found = _array_in(file.read(FILE_BYTES_MAX + 1))
+            found = _array_in(read_up_to(file, part.held_bytes_max + 1), part.held_bytes_max)
             if found is not None:
                 # Each line before this one was one record.
                 for index, one in enumerate(found[number - 2 :], number - 1):
@@ -488,9 +525,9 @@ def _array_lines(part: Part, second: bytes, file: IO[bytes]) -> Iterator[dict[st
         raise InvalidRecord(f"{part.name}: there is something behind its end, at line {number + 1}; remove it")
 
 
-def _array_in(raw: bytes) -> list[msgspec.Raw] | None:
-    """The values in the JSON array *raw*; None when it is none, or too large."""
-    if len(raw) > FILE_BYTES_MAX:
+def _array_in(raw: bytes, bytes_max: int) -> list[msgspec.Raw] | None:
+    """The values in the JSON array *raw*; None when it is none, or above *bytes_max*."""
+    if len(raw) > bytes_max:
         return None
     try:
         return msgspec.json.decode(raw, type=list[msgspec.Raw])
@@ -498,11 +535,11 @@ def _array_in(raw: bytes) -> list[msgspec.Raw] | None:
         return None
 
 
-def _whole(part: Part, first: bytes, file: IO[bytes]) -> Iterator[dict[str, Any] | Wrong]:
+def _whole(part: Part, first: bytes, file: IO[bytes], salvages: bool) -> Iterator[dict[str, Any] | Wrong]:
     """An array in any other layout."""
-    raw = first + file.read(FILE_BYTES_MAX + 1 - len(first))
-    if len(raw) > FILE_BYTES_MAX:
-        raise InvalidRecord(f"{part.name}: expected at most {FILE_BYTES_MAX} bytes, found more; split it")
+    raw = first + read_up_to(file, part.held_bytes_max + 1 - len(first))
+    if len(raw) > part.held_bytes_max:
+        raise part.too_large(part.name, part.held_bytes_max)
     raw = raw.removeprefix(_BOM)
     if part.kind == USERS and "/" in part.name:
         yield _decoded(raw, part.name, part)
@@ -514,10 +551,85 @@ def _whole(part: Part, first: bytes, file: IO[bytes]) -> Iterator[dict[str, Any]
             raise Unfinished(f"{part.name}: not JSON, or cut short") from None
         raise NoRecords(f"{part.name}: expected an array of records, found one JSON value of another kind") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        reason = "empty" if not raw.strip(b"\0 \t\r\n") else f"not JSON: {error}"
-        raise Unfinished(f"{part.name}: {reason}") from None
+        if not raw.strip(b"\0 \t\r\n"):
+            raise Unfinished(f"{part.name}: empty") from None
+        yield from _damaged(part, raw, f"not JSON: {error}", salvages)
+        return
     for number, one in enumerate(found, 1):
         yield _decoded(bytes(one), f"{part.name}, record {number}", part)
+
+
+def _damaged(part: Part, raw: bytes, reason: str, salvages: bool) -> Iterator[dict[str, Any] | Wrong]:
+    """The records of an array that is no JSON for *reason*: each for itself, where it is told apart from the others."""
+    # Bytes that are no UTF-8 stay as they are, and are refused with the record that they stand in.
+    text = raw.decode("utf-8", "surrogateescape")
+    opening = _OPENING.match(text)
+    if opening is None:
+        raise Unfinished(f"{part.name}: {reason}")
+    spans, reached = _values_from(text, opening.end())
+    first_damaged = len(spans) + 1
+    if salvages and reached < len(text):
+        spans += _spans_behind(text, reached)
+    if reached < len(text) and not (salvages and spans):
+        raise Unfinished(f"{part.name}: {reason}, in record {first_damaged}")
+    number, position = 0, opening.end()
+    for start, end in [*spans, (len(text), len(text))]:
+        number += 1
+        if lost := text[position:start].strip(", \t\r\n]\0"):
+            line = text.count("\n", 0, text.index(lost, position)) + 1
+            yield Wrong(f"{part.name}, record {number} (line {line})", "not JSON, or cut short")
+            number += 1
+        if start < end:
+            whole = text[start:end].encode("utf-8", "surrogateescape")
+            yield _decoded(whole, f"{part.name}, record {number}", part)
+        position = end
+
+
+def _values_from(text: str, at: int) -> tuple[list[tuple[int, int]], int]:
+    """Where the values of a JSON array begin and end, from the one at *at* on, and where the first stands that is none; the
+    end of *text* when the array ends there as well."""
+    spans: list[tuple[int, int]] = []
+    at = _after_blanks(text, at)
+    while True:
+        try:
+            _, end = _SPLITTER.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return spans, at
+        spans.append((at, end))
+        at = _after_blanks(text, end)
+        if text.startswith(",", at):
+            at = _after_blanks(text, at + 1)
+        elif text.startswith("]", at) and _after_blanks(text, at + 1) == len(text):
+            return spans, len(text)
+        else:
+            return spans, at
+
+
+def _spans_behind(text: str, damaged: int) -> list[tuple[int, int]]:
+    """Where the whole records behind the damage at *damaged* begin and end."""
+    begin = record_start(text)
+    if "\n" in begin.pattern:
+        return [(start, end) for start, end, _ in whole_records(text) if start > damaged]
+    # On one line a record cannot be told from an object in it, but for those that follow a comma and end with the array.
+    match = begin.search(text, damaged + 1)
+    while match is not None:
+        spans, reached = _values_from(text, match.end() - 1)
+        if reached == len(text) and match[0].startswith(","):
+            return spans
+        match = begin.search(text, max(reached, match.end()) - 1)
+    return []
+
+
+def _after_blanks(text: str, at: int) -> int:
+    match = _BLANKS.match(text, at)
+    assert match is not None
+    return match.end()
+
+
+_OPENING = re.compile(r"[ \t\r\n]*\[")
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_SPLITTER = json.JSONDecoder(strict=False, parse_int=str, parse_float=str, parse_constant=str)
+"""Takes more for JSON than we do, so that what we refuse of an array costs no other record."""
 
 
 def _is_json(raw: bytes) -> bool:
@@ -549,10 +661,20 @@ def _is_record(line: bytes) -> bool:
     return bare == b"]" or (bare.startswith(b"{") and bare.removesuffix(b",").endswith(b"}"))
 
 
-def _rest(first: bytes, file: IO[bytes]) -> Iterator[bytes]:
+def _rest(part: Part, first: bytes, file: IO[bytes]) -> Iterator[bytes]:
     yield first.removeprefix(_BOM)
-    while line := file.readline(LINE_BYTES_MAX):
+    while line := file.readline(part.line_bytes_max):
         yield line
+
+
+def read_up_to(file: IO[bytes], size: int) -> bytes:
+    """The next *size* bytes of *file*, or fewer where it ends; takes no more memory than those that there are."""
+    pieces, left = [], size
+    # A single read would first ask for room for all that could come.
+    while left > 0 and (piece := file.read(min(left, READ_BYTES))):
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
 
 
 def opener_in(directory: Directory, name: str) -> Callable[[], IO[bytes]]:

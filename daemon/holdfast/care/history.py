@@ -169,7 +169,8 @@ class History:
         finally:
             os.close(fd)
         following = min((seq for seq in segments if seq > first_seq), default=0)
-        last_seq = following - 1 if following else (last and seq_of(last)) or 0
+        # Where its end cannot be read, the next one tells; where it can, events between the two may be missing.
+        last_seq = (last and seq_of(last)) or (following - 1 if following else 0)
         return Part(first_seq, last_seq, at_of(head) if head else 0, at_of(last) if last else 0, path)
 
     def _read(self, part: Part, position: int, up_to_seq: int) -> Iterator[JournalLine]:
@@ -203,6 +204,31 @@ class History:
                 yield from unpack(raw, seal_for(part.place.name, self._seal))
             except Unreadable:
                 return  # what lacks is a gap; each line before it has a checksum of its own
+
+
+def holes_of(parts: Iterable[Part], last_seq: int, known: Iterable[int]) -> list[tuple[int, int]]:
+    """Which events between the first of *parts* (oldest first) and *last_seq* are in none of them, by their names and ends:
+    the first and the last of each hole; those in *known* are none."""
+    holes: list[tuple[int, int]] = []
+    passed_over = sorted(known)
+    position: int | None = None
+
+    def look_between(first: int, last: int) -> None:
+        for seq in passed_over:
+            if first <= seq <= last:
+                if seq > first:
+                    holes.append((first, seq - 1))
+                first = seq + 1
+        if first <= last:
+            holes.append((first, last))
+
+    for part in parts:
+        if position is not None:
+            look_between(position + 1, part.first_seq - 1)
+        position = max(position or 0, part.last_seq)
+    if position is not None:
+        look_between(position + 1, last_seq)
+    return holes
 
 
 def newest_segment(data_dir: Path) -> int:

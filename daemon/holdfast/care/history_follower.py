@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.care.backup_set import BACKUPS, BackupSet, list_sets
-from holdfast.care.history import JOURNAL, PACKED_NAME, History, HistoryGap, Part, newest_segment
+from holdfast.care.history import JOURNAL, PACKED_NAME, History, HistoryGap, Part, holes_of, newest_segment
 from holdfast.care.history import at_of as history_at
+from holdfast.care.moments import restored_seqs
 from holdfast.care.packing import PACKED, SEALED, Seal, pack
 from holdfast.care.rotation import at_of, base_of, is_good
 from holdfast.clock import Clock, format_ms
@@ -313,8 +314,13 @@ def history_of(settings: Settings, sets: list[BackupSet], problem: str = "") -> 
     packed = packed_parts(settings.data_dir)
     since_ms = 0
     if settings.backups.pitr and not problem:
+        # Before the parts are listed: meanwhile there come more.
+        last_seq = newest_segment(settings.data_dir) - 1
         parts = History(settings.data_dir).parts()
         first_seq = min((part.first_seq for part in parts), default=0)
+        holes = holes_of(parts, last_seq, restored_seqs(settings.data_dir))
+        if holes:
+            first_seq = holes[-1][1] + 1
         # From the oldest set behind which no event is missing.
         reached = [found for found in sets if is_good(found) and found.manifest and found.manifest.seq >= first_seq - 1]
         since_ms = min(map(at_of, reached), default=0)

@@ -1,7 +1,8 @@
 """Files that somebody drops into ``inbox/``: merged when they are complete, then put away with what came of them.
 
-A file that was merged goes to ``inbox/done/``, one that cannot be to ``inbox/rejected/`` with a report beside it. A crash between
-the two steps does no harm: merging the same again changes nothing.
+A file that was merged goes to ``inbox/done/``, one that cannot be to ``inbox/rejected/`` with a report beside it. As long as it
+cannot be moved it stays, and is not merged again: what was removed since then would come back. After a crash between the two
+steps it is merged once more.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ PATIENCE_S = 30.0
 RETRY_S = 5.0
 """Between two tries when there is no room."""
 
+HELD_BYTES_MAX = 64 << 20
+"""So much of a file may be in memory at a time, less than of an import: the daemon meets the same file again at each start, and
+whoever is ended by the system for the memory he takes rejects nothing."""
+
 NAME_BYTES_MAX = 200
 """Of a file's name in the name it gets in ``done`` or ``rejected``."""
 
@@ -61,6 +66,22 @@ class _Seen(NamedTuple):
     try_at: float | None = None
 
 
+class _Outcome(NamedTuple):
+    """What came of a file, which is to be put away now.
+
+    Attributes:
+        signature: how it was then.
+        into: whether to ``done`` or ``rejected``.
+        report: to be laid beside it; empty without.
+        fields: what the log says of it.
+    """
+
+    signature: Signature
+    into: str
+    report: str
+    fields: dict[str, object]
+
+
 class Inbox:
     """The inbox of one data directory; for one thread at a time."""
 
@@ -69,6 +90,7 @@ class Inbox:
         self._is_cancelled = is_cancelled
         self._log = engine.log
         self._seen: dict[str, _Seen] = {}
+        self._outcomes: dict[str, _Outcome] = {}
         self._opened = ExitStack()
         with Directory(engine.settings.data_dir) as data:
             self._inbox = self._opened.enter_context(data.subdirectory(INBOX))
@@ -89,6 +111,7 @@ class Inbox:
         put_away = 0
         names = [name for name in self._inbox.names() if not _is_ignored(name)]
         self._seen = {name: seen for name, seen in self._seen.items() if name in names}
+        self._outcomes = {name: outcome for name, outcome in self._outcomes.items() if name in names}
         for name in names:
             if self._is_cancelled():
                 break
@@ -137,49 +160,71 @@ class Inbox:
         return tuple(signature)
 
     def _take(self, name: str, progress: Callable[[str], object]) -> int:
-        try:
-            return self._take_complete(name, progress)
-        except OSError as error:
-            # One that cannot be moved must not keep the others from their turn.
-            self._postpone(name, f"it cannot be put away: {error.strerror or error}")
-            return 0
-
-    def _take_complete(self, name: str, progress: Callable[[str], object]) -> int:
+        """Merge *name*, and put it away; whether that was done. Whatever is wrong with it keeps no other from its turn."""
         seen = self._seen[name]
-        now = self._engine.monotonic()
+        try:
+            outcome = self._outcomes.get(name)
+            if outcome is None or outcome.signature != seen.signature:
+                outcome = self._merged(name, seen, progress)
+            if outcome is None:
+                return 0
+            self._outcomes[name] = outcome
+            return self._put_away(name, outcome)
+        except Unavailable:
+            raise
+        except (HoldfastError, OSError) as error:
+            self._postpone(name, f"it cannot be put away: {getattr(error, 'strerror', None) or error}")
+        except Exception as error:
+            self._log.error("inbox.failed", reason=type(error).__name__, exc_info=error)
+            self._postpone(name, f"a fault inside Holdfast: {type(error).__name__}")
+        return 0
+
+    def _merged(self, name: str, seen: _Seen, progress: Callable[[str], object]) -> _Outcome | None:
+        """What came of merging *name*; None when that is not over."""
+        fault: Exception | None = None
         try:
             report = self._merge(name, progress)
         except Unfinished as error:
-            if now - seen.since < PATIENCE_S:
+            if self._engine.monotonic() - seen.since < PATIENCE_S:
                 self._seen[name] = seen._replace(try_at=seen.since + PATIENCE_S)
-                return 0
-            return self._reject(name, str(error))
+                return None
+            return self._rejected_for(name, seen, str(error))
         except (StorageFull, SettingsError) as error:
             self._postpone(name, str(error))
-            return 0
+            return None
         except Unavailable:
             raise
         except HoldfastError as error:
-            return self._reject(name, str(error))
+            return self._rejected_for(name, seen, str(error))
         except OSError as error:
-            return self._reject(name, f"it cannot be read: {error.strerror or error}")
+            return self._rejected_for(name, seen, f"it cannot be read: {error.strerror or error}")
+        except MemoryError:
+            pass  # what it took is free again only behind this
+        except Exception as error:
+            # What it is does not change by trying again.
+            self._log.error("inbox.failed", reason=type(error).__name__, exc_info=error)
+            fault = error
+        else:
+            return self._outcome_of(name, seen, report)
+        what = "more memory than there is" if fault is None else f"a fault inside Holdfast, {type(fault).__name__}"
+        how = "split it" if fault is None else "keep it, and report that"
+        return self._rejected_for(name, seen, f"expected that it can be taken, found {what}; {how}", is_untouched=False)
+
+    def _outcome_of(self, name: str, seen: _Seen, report: MergeReport) -> _Outcome | None:
         if self._signature_of(name) != seen.signature:
             # Somebody wrote it again, or took it back. What is there now has its turn when he has ended.
-            return 0
+            return None
         if report.sum_of("conflicting") and not report.changes and not report.sum_of("same"):
-            return self._reject(name, "; ".join(report.reasons))
-        self._put_away(name, self._done, _notes_on(report))
-        self._log.info(
-            "inbox.merged",
-            file=shown_name(name),
-            added=report.sum_of("added"),
-            newer=report.sum_of("newer"),
-            older=report.sum_of("older"),
-            same=report.sum_of("same"),
-            conflicting=report.sum_of("conflicting"),
-            messages=report.messages,
-        )
-        return 1
+            return self._rejected_for(name, seen, "; ".join(report.reasons))
+        fields: dict[str, object] = {
+            kind: report.sum_of(kind) for kind in ("added", "newer", "older", "same", "conflicting")
+        }
+        fields["messages"] = report.messages
+        return _Outcome(seen.signature, DONE, _notes_on(report), fields)
+
+    def _rejected_for(self, name: str, seen: _Seen, reason: str, *, is_untouched: bool = True) -> _Outcome:
+        report = _report_of(name, reason, self._engine.now_ms(), is_untouched=is_untouched)
+        return _Outcome(seen.signature, REJECTED, report, {"reason": reason})
 
     def _merge(self, name: str, progress: Callable[[str], object]) -> MergeReport:
         with self._open(name) as given:
@@ -191,7 +236,7 @@ class Inbox:
         if found is None:
             raise InvalidRecord("it vanished while it was looked at")
         if stat.S_ISDIR(found.st_mode):
-            return open_path(self._inbox.path / name, settings.data_dir)
+            return open_path(self._inbox.path / name, settings.data_dir, held_bytes_max=HELD_BYTES_MAX)
         if not stat.S_ISREG(found.st_mode):
             what = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "a pipe, a socket or a device"
             raise InvalidRecord(f"expected a plain file, found {what}")
@@ -199,20 +244,18 @@ class Inbox:
             raise InvalidRecord(f"expected a file of at most {READ_BYTES_MAX} bytes, found {found.st_size}; split it")
         if found.st_size == 0:
             raise Unfinished("it is empty")
-        return open_file(self._inbox, name, settings.data_dir, seal_of(settings))
+        seal = seal_of(settings)
+        return open_file(self._inbox, name, settings.data_dir, seal, held_bytes_max=HELD_BYTES_MAX)
 
     def _postpone(self, name: str, reason: str) -> None:
         self._log.warning("inbox.postponed", file=shown_name(name), reason=reason)
         self._seen[name] = self._seen[name]._replace(try_at=self._engine.monotonic() + RETRY_S)
 
-    def _reject(self, name: str, reason: str) -> int:
+    def _put_away(self, name: str, outcome: _Outcome) -> int:
+        """Move *name* to where it belongs, with what is to be said of it; whether it was there."""
         if self._inbox.stat(name) is None:
             return 0  # whoever took it away knows
-        self._put_away(name, self._rejected, _report_of(name, reason, self._engine.now_ms()))
-        self._log.warning("inbox.rejected", file=shown_name(name), reason=reason)
-        return 1
-
-    def _put_away(self, name: str, into: Directory, report: str) -> None:
+        into = self._done if outcome.into == DONE else self._rejected
         new_name = _short(name)
         if into.stat(new_name) is not None or into.stat(new_name + _REPORT) is not None:
             stem, dot, ending = new_name.partition(".")
@@ -222,10 +265,21 @@ class Inbox:
             while into.stat(new_name) is not None:
                 number += 1
                 new_name = f"{stem}-{stamp}-{number}{dot}{ending}"
-        if report:
-            into.write_atomic(new_name + _REPORT, [report.encode("utf-8", "backslashreplace")])
-        self._inbox.move(name, into, new_name)
+        if outcome.report:
+            into.write_atomic(new_name + _REPORT, [outcome.report.encode("utf-8", "backslashreplace")])
+        try:
+            self._inbox.move(name, into, new_name)
+        except OSError:
+            if outcome.report and self._inbox.stat(name) is not None:
+                into.remove(new_name + _REPORT)
+            raise
         self._seen.pop(name, None)
+        self._outcomes.pop(name, None)
+        if outcome.into == DONE:
+            self._log.info("inbox.merged", file=shown_name(name), **outcome.fields)
+        else:
+            self._log.warning("inbox.rejected", file=shown_name(name), **outcome.fields)
+        return 1
 
 
 def shown_name(name: str) -> str:
@@ -246,10 +300,14 @@ def _short(name: str) -> str:
     return name if len(raw) <= NAME_BYTES_MAX else os.fsdecode(raw[:NAME_BYTES_MAX])
 
 
-def _report_of(name: str, reason: str, now_ms: int) -> str:
+def _report_of(name: str, reason: str, now_ms: int, *, is_untouched: bool) -> str:
+    """For people; *is_untouched*: nothing of the file was taken."""
     reasons = "\n".join(f"  * {one}" for one in reason.split("; "))
+    changed = (
+        "Nothing was changed." if is_untouched else "What was merged until then stays; merging it again does the rest."
+    )
     return (
-        f"{name} was not taken, {format_ms(now_ms)}. Nothing was changed.\n\n"
+        f"{name} was not taken, {format_ms(now_ms)}. {changed}\n\n"
         f"What was found:\n{reasons}\n\n"
         "What is expected: a file as it stands in the data directory (chat_sessions.json, pending_orders.json,\n"
         "completed_orders.json, users.json, sales_stats.json, NAME.json), one conversation or escalation of an old bot,\n"

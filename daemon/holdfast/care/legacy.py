@@ -3,6 +3,8 @@
 Done at each start, between loading and serving. Each conversation becomes one atomic batch; when all are synced the files move
 to ``backups/imported-TIME/``, so a later start neither takes them twice nor brings back what was deleted meanwhile. After a
 crash in between, what is there already is only moved. A file that cannot be taken goes to ``quarantine/`` with a report.
+
+Files of our own mirror are left alone, since they only show what is there. Where nothing else is left they are taken as well.
 """
 
 from __future__ import annotations
@@ -12,17 +14,27 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from datetime import tzinfo
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import orjson
 
-from holdfast.care.mirror import CONVERSATIONS_PLACE, ESCALATION_ENDING, ESCALATIONS_PLACE, is_mirror_file
+from holdfast.care.mirror import (
+    CONVERSATIONS_PLACE,
+    ESCALATION_ENDING,
+    ESCALATIONS_PLACE,
+    begin_adopting,
+    file_name,
+    forget_state,
+    is_mirror_file,
+    messages_shown,
+    shown_beside,
+)
 from holdfast.care.old_layout import (
+    KEPT,
     OLD_ESCALATION,
     contact_of,
     escalation_fields,
@@ -38,7 +50,16 @@ from holdfast.core.rules import Rules, check_id
 from holdfast.core.state import CONVERSATIONS, ESCALATIONS
 from holdfast.disk.files import Directory
 from holdfast.errors import DataRefused, HoldfastError, InvalidRecord, JournalBroken, StorageFull, Unavailable
-from holdfast.ops import AnyOp, Batch, ConversationPut, EscalationOpen, MessageAppend
+from holdfast.ops import (
+    AnyOp,
+    Batch,
+    ConversationArchive,
+    ConversationHold,
+    ConversationPut,
+    EscalationOpen,
+    Message,
+    MessageAppend,
+)
 
 if TYPE_CHECKING:
     from holdfast.engine import Engine, Ticket
@@ -66,16 +87,35 @@ class _OldFile(NamedTuple):
         place, name: where it stands.
         content: the JSON object in it.
         written_at: its modification time, in our form.
+        is_mirrored: it is one of our own mirror.
     """
 
     place: str
     name: str
     content: dict[str, Any]
     written_at: str
+    is_mirrored: bool
+
+
+class _Claim(NamedTuple):
+    """A file that says that it is a certain conversation.
+
+    Attributes:
+        updated_at: what it says when that was updated last, in our form; empty when it does not.
+        is_named: its name says the same.
+    """
+
+    updated_at: str
+    is_named: bool
+    name: str
 
 
 class _Broken(Exception):
     """A file cannot be taken, for this reason."""
+
+
+_Reader = Callable[[Directory, str, int], dict[str, Any]]
+"""Gives the JSON object in a file of so many bytes, or raises ``_Broken``."""
 
 
 def import_old_files(
@@ -84,6 +124,7 @@ def import_old_files(
     rules: Rules,
     *,
     stamp: str,
+    adopts_mirror: bool,
     cancelled: threading.Event,
     progress: Callable[[str], None],
     log: Any,
@@ -93,6 +134,7 @@ def import_old_files(
     Args:
         rules: of the engine, for its zone and its limits.
         stamp: the time in the names of what is kept.
+        adopts_mirror: whether files of our own mirror are taken as well: nothing else is left of what they show.
         cancelled, progress: as for ``open_engine``.
 
     Raises:
@@ -109,10 +151,13 @@ def import_old_files(
                 log.info("file.ignored", file=place, reason="it is not a directory")
                 continue
             places[place] = opened.enter_context(data.subdirectory(place))
-        if not places:
-            return None
         try:
-            _Import(engine, data, places, rules, stamp, cancelled, progress, log).run()
+            if places:
+                run = _Import(engine, data, places, rules, stamp, adopts_mirror, cancelled, progress, log)
+                run.run()
+            if adopts_mirror:
+                # Whatever it says is of the files that were there.
+                forget_state(data)
         except (StorageFull, DataRefused) as error:
             return str(error)
         except Unavailable as error:
@@ -135,6 +180,7 @@ class _Import:
         places: Mapping[str, Directory],
         rules: Rules,
         stamp: str,
+        adopts_mirror: bool,
         cancelled: threading.Event,
         progress: Callable[[str], None],
         log: Any,
@@ -144,6 +190,7 @@ class _Import:
         self._places = places
         self._rules = rules
         self._stamp = stamp
+        self._adopts_mirror = adopts_mirror
         self._cancelled = cancelled
         self._progress = progress
         self._log = log
@@ -156,30 +203,17 @@ class _Import:
     def run(self) -> None:
         """Take all, sync all, move all."""
         started = self._engine.monotonic()
-        escalations: dict[str, list[_OldFile]] = {}
-        for old in self._read_all(ESCALATIONS_PLACE):
-            id = self._id_of(old, "conversation_id", ESCALATION_ENDING)
-            if id is not None:
-                escalations.setdefault(id, []).append(old)
-        taken: set[str] = set()
-        strays: dict[str, None] = {}
-        for old in chain(self._read_all(CONVERSATIONS_PLACE), self._read_all(CONVERSATIONS_PLACE, strays)):
-            id = self._id_of(old, "id", ".json")
-            if id is None:
-                continue
-            if old.name != f"{id}.json" and old.name not in strays:
-                # Perhaps a copy that somebody made: the file that has the name for it goes first.
-                strays[old.name] = None
-                continue
-            if id in taken:
-                self._set_aside(old.place, old.name, "another file has the same id; nothing of this one was taken")
-                continue
-            taken.add(id)
-            self._take_file(id, old)
-            # By now it is known which of them have a conversation.
-            self._take_escalations(id, escalations.pop(id, []))
-        for id, files in escalations.items():
-            self._take_escalations(id, files)
+        if self._adopts_mirror and any(self._has_mirrored(place) for place in self._places.values()):
+            # From the first of them on something is there, and a later start could not tell that the others are wanted.
+            begin_adopting(self._data)
+        try:
+            self._take_all()
+        except (StorageFull, Unavailable):
+            # What is deleted until the next start must not come back with its file.
+            with suppress(HoldfastError, OSError):
+                self._settle()
+                self._move()
+            raise
         self._settle()
         moved = self._move()
         if moved or self._broken:
@@ -192,32 +226,76 @@ class _Import:
                 duration_ms=round((self._engine.monotonic() - started) * 1000, 1),
             )
 
+    def _has_mirrored(self, directory: Directory) -> bool:
+        return any(name.endswith(".json") and is_mirror_file(directory, name) for name in directory.names())
+
+    def _take_all(self) -> None:
+        escalations: dict[str, list[_OldFile]] = {}
+        for old in self._read_all(ESCALATIONS_PLACE, _read):
+            id = self._id_of(old, "conversation_id", ESCALATION_ENDING)
+            if id is not None:
+                escalations.setdefault(id, []).append(old)
+        # Each is read twice: whether another file says more of the same conversation is known when all were seen.
+        claims: dict[str, list[_Claim]] = {}
+        for old in self._read_all(CONVERSATIONS_PLACE, _glance):
+            id = self._id_of(old, "id", ".json")
+            if id is not None:
+                updated_at = moment(old.content.get("updated_at"), self._rules.zone) or ""
+                is_named = old.name in (f"{id}.json", file_name(id, ".json"))
+                claims.setdefault(id, []).append(_Claim(updated_at, is_named, old.name))
+        for number, (id, files) in enumerate(claims.items()):
+            if number % TELL_EVERY == 0:
+                self._progress(f"taking over {CONVERSATIONS_PLACE}: {number} of {len(claims)}")
+            # The newest; of equal ones that which has the name for it, since the other may be a copy that somebody made.
+            files.sort(key=lambda claim: (claim.updated_at, claim.is_named), reverse=True)
+            is_taken = False
+            for claim in files:
+                found = self._read_one(CONVERSATIONS_PLACE, claim.name, _read)
+                if found is None:
+                    continue
+                if is_taken:
+                    reason = "another file has the same id; nothing of this one was taken"
+                    self._set_aside(found.place, found.name, reason)
+                else:
+                    is_taken = self._take_file(id, found)
+            # By now it is known which of them have a conversation.
+            self._take_escalations(id, escalations.pop(id, []))
+        for id, waiting in escalations.items():
+            self._take_escalations(id, waiting)
+
     # Reading.
 
-    def _read_all(self, place: str, names: Collection[str] | None = None) -> Iterator[_OldFile]:
-        """What *place* holds; of that, the files *names* when they are given."""
+    def _read_all(self, place: str, read: _Reader) -> Iterator[_OldFile]:
+        """What *place* holds."""
         directory = self._places.get(place)
         if directory is None:
             return
-        if names is None:
-            names = [name for name in directory.names() if name.endswith(".json") and not name.startswith(".")]
+        names = [name for name in directory.names() if name.endswith(".json") and not name.startswith(".")]
         for looked, name in enumerate(names):
-            if self._cancelled.is_set():
-                raise Unavailable("stopped while old conversations were taken over; the next start goes on")
             if looked % TELL_EVERY == 0:
-                self._progress(f"taking over {place}: {looked} of {len(names)}")
-            found = directory.stat(name)
-            if found is None or not stat.S_ISREG(found.st_mode):
-                self._log.info("file.ignored", file=f"{place}/", reason="something in it is not a regular file")
-                continue
-            if is_mirror_file(directory, name):
-                continue
-            try:
-                content = _read(directory, name, found.st_size)
-            except _Broken as error:
-                self._set_aside(place, name, str(error))
-                continue
-            yield _OldFile(place, name, content, format_ms(found.st_mtime_ns // 1_000_000))
+                self._progress(f"looking through {place}: {looked} of {len(names)}")
+            old = self._read_one(place, name, read)
+            if old is not None:
+                yield old
+
+    def _read_one(self, place: str, name: str, read: _Reader) -> _OldFile | None:
+        """The file *name* in *place*; None when it is not to be taken. One that cannot be is set aside."""
+        if self._cancelled.is_set():
+            raise Unavailable("stopped while old conversations were taken over; the next start goes on")
+        directory = self._places[place]
+        found = directory.stat(name)
+        if found is None or not stat.S_ISREG(found.st_mode):
+            self._log.info("file.ignored", file=f"{place}/", reason="something in it is not a regular file")
+            return None
+        is_mirrored = is_mirror_file(directory, name)
+        if is_mirrored and not self._adopts_mirror:
+            return None
+        try:
+            content = read(directory, name, found.st_size)
+        except _Broken as error:
+            self._set_aside(place, name, str(error))
+            return None
+        return _OldFile(place, name, content, format_ms(found.st_mtime_ns // 1_000_000), is_mirrored)
 
     def _id_of(self, old: _OldFile, field: str, ending: str) -> str | None:
         """The id of what *old* holds: what it says, else what its name says; None when neither can be one."""
@@ -236,16 +314,18 @@ class _Import:
 
     # Taking.
 
-    def _take_file(self, id: str, old: _OldFile) -> None:
+    def _take_file(self, id: str, old: _OldFile) -> bool:
+        """Take the conversation in *old*, or set the file aside; whether it was taken."""
         try:
             ops, messages = self._ops_of(id, old)
             self._submit(id, ops)
         except (_Broken, RecursionError) as error:
             self._set_aside(old.place, old.name, str(error))
-            return
+            return False
         self._conversations += any(isinstance(op, ConversationPut) for op in ops)
         self._messages += messages
         self._done[old.place].append(old.name)
+        return True
 
     def _ops_of(self, id: str, old: _OldFile) -> tuple[list[AnyOp], int]:
         """What has to be done so that the conversation in *old* is there, and how many messages that appends."""
@@ -259,14 +339,30 @@ class _Import:
         if head is None:
             fields["created_at"] = created_at = created_at or updated_at or old.written_at
             put = ConversationPut(id=id, if_version=0, value=fields)
-            return [put, *_appends(id, messages, zone, created_at)], len(messages)
+            if old.is_mirrored:
+                return [put, *self._mirrored_ops(id, old, created_at)], len(messages)
+            return [put, *_appends(id, _made(messages, zone, created_at))], len(messages)
         count = orjson.loads(head.value)["last_number"]
         if len(messages) <= count:
             # Taken before, by a start that was broken off before the file was moved.
             return [], 0
         if count and self._newest_mark(id) != mark_of(messages[count - 1]):
             raise _Broken("a conversation with this id is there, with other messages; nothing of the file was taken")
-        return _appends(id, messages[count:], zone, updated_at), len(messages) - count
+        return _appends(id, _made(messages[count:], zone, updated_at)), len(messages) - count
+
+    def _mirrored_ops(self, id: str, old: _OldFile, created_at: str) -> list[AnyOp]:
+        """What follows the conversation itself, as our mirror shows it in *old*."""
+        try:
+            messages = [message for _, message in messages_shown(old.content, self._rules.zone, created_at)]
+        except (TypeError, ValueError) as error:
+            raise _Broken(str(error)) from error
+        ops = _appends(id, messages)
+        beside = shown_beside(old.content)
+        if beside is not None and beside.archived:
+            ops.append(ConversationArchive(id=id))
+        if beside is not None and beside.hold:
+            ops.append(ConversationHold(id=id, reason=beside.hold_reason))
+        return ops
 
     def _newest_mark(self, id: str) -> bytes:
         newest = self._engine.transcripts.messages(id, limit=1).items
@@ -295,10 +391,12 @@ class _Import:
                 ops.append(ConversationPut(id=id, if_version=0, value={"created_at": opened_at}))
         elif self._engine.get(ESCALATIONS, id) is not None or OLD_ESCALATION in orjson.loads(head.value):
             return []
-        if is_waiting(old.content):
+        # Who had taken it over is not known any more, but that somebody was waited for.
+        if is_waiting(old.content) or (old.is_mirrored and old.content.get("status") == "claimed"):
             return [*ops, EscalationOpen(id=id, **fields)]
         # Nobody waits any more, and nobody may be made to wait again.
-        kept = {OLD_ESCALATION: contact_of(old.content), "escalated": True}
+        said = {name: value for name, value in old.content.items() if name not in ("_holdfast", KEPT)}
+        kept = {OLD_ESCALATION: contact_of(said), "escalated": True}
         return [*ops, ConversationPut(id=id, value=kept)]
 
     def _submit(self, id: str, ops: list[AnyOp]) -> None:
@@ -315,9 +413,9 @@ class _Import:
             self._settle()
 
     def _settle(self) -> None:
-        tickets, self._tickets = self._tickets, []
-        for ticket in tickets:
+        for ticket in self._tickets:
             ticket.wait()
+        self._tickets.clear()
 
     # Keeping.
 
@@ -342,20 +440,35 @@ class _Import:
         # A name need not be text.
         shown = os.fsencode(f"{place}/{name}").decode("utf-8", "backslashreplace")
         self._log.error("conversation.import_failed", reason=f"{shown}: {reason}")
-        new_name = f"{self._stamp}-{place}-{_short(name)}"
+        new_name = f"{self._stamp}-{place}-{short_name(name)}"
         with self._data.subdirectory("quarantine") as quarantine:
             report = {"file": shown, "reason": reason, "at": self._stamp}
             quarantine.write_atomic(f"{new_name}.report.json", [msgspec.json.encode(report) + b"\n"])
             self._places[place].move(name, quarantine, new_name)
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """*name*, cut when it is long; then still no other's."""
     raw = os.fsencode(name)
     if len(raw) <= NAME_BYTES_MAX:
         return name
     mark = hashlib.blake2b(raw, digest_size=16).hexdigest()
     return f"{os.fsdecode(raw[: NAME_BYTES_MAX - len(mark) - 1])}~{mark}"
+
+
+class _Glance(msgspec.Struct):
+    """Of a conversation what tells which one it is."""
+
+    id: Any = None
+    updated_at: Any = None
+
+
+def _glance(directory: Directory, name: str, size: int) -> dict[str, Any]:
+    """As ``_read``, but only what tells which conversation it is; for a file that nobody else could read, all of it."""
+    if size <= FILE_BYTES_MAX:
+        with suppress(OSError, ValueError, RecursionError):
+            return msgspec.structs.asdict(msgspec.json.decode(directory.read(name), type=_Glance))
+    return _read(directory, name, size)
 
 
 def _read(directory: Directory, name: str, size: int) -> dict[str, Any]:
@@ -375,9 +488,12 @@ def _read(directory: Directory, name: str, size: int) -> dict[str, Any]:
     return content
 
 
-def _appends(id: str, messages: list[Any], zone: tzinfo, created_at: str | None) -> list[AnyOp]:
-    made = [message_of(old, zone, created_at) for old in messages]
+def _made(messages: list[Any], zone: tzinfo, created_at: str | None) -> list[Message]:
+    return [message_of(old, zone, created_at) for old in messages]
+
+
+def _appends(id: str, messages: list[Message]) -> list[AnyOp]:
     return [
-        MessageAppend(id=id, messages=made[start : start + APPEND_AT_ONCE])
-        for start in range(0, len(made), APPEND_AT_ONCE)
+        MessageAppend(id=id, messages=messages[start : start + APPEND_AT_ONCE])
+        for start in range(0, len(messages), APPEND_AT_ONCE)
     ]

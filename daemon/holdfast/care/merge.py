@@ -30,6 +30,7 @@ from holdfast.care.given import (
     Part,
     Unfinished,
     Wrong,
+    read_up_to,
     records_of,
     whole_of,
 )
@@ -272,7 +273,7 @@ class _Merge:
 
     def _take_each(self, part: Part, collection: str, take: Callable[[dict[str, Any]], str]) -> None:
         counts = self._counts(collection)
-        for number, found in enumerate(records_of(part), 1):
+        for number, found in enumerate(records_of(part, salvages=self._skips_invalid), 1):
             self._breathe(part)
             if isinstance(found, Wrong):
                 self._note(counts, "refused", f"{found.place}: {found.reason}")
@@ -552,7 +553,10 @@ class _Merge:
         counts = self._counts("sales")
         try:
             with part.open() as file:
-                given = decode_sales(file.read().removeprefix(b"\xef\xbb\xbf"))
+                raw = read_up_to(file, part.line_bytes_max + 1)
+            if len(raw) > part.line_bytes_max:
+                raise part.too_large(part.name, part.line_bytes_max)
+            given = decode_sales(raw.removeprefix(b"\xef\xbb\xbf"))
         except (ValueError, msgspec.DecodeError) as error:
             self._note(counts, "refused", f"{part.name}: {error}")
             return

@@ -1,7 +1,8 @@
 """The readable mirror: each conversation, and each escalation, as one JSON file in the layout of the old bots.
 
-A view for people and their tools, written after each flush for what changed since the one before. It is never read back,
-and nothing waits for it: what cannot be written is told, kept in mind, and tried again after the next flush.
+A view for people and their tools, written after each flush for what changed since the one before. Nothing waits for it:
+what cannot be written is told, kept in mind, and tried again after the next flush. It is read back only where nothing else
+has what it shows, which is why each file also says what the old layout has no place for (``Shown``).
 
 What is still to be written stands in ``_mirror.json``, which is written before the snapshots of a flush are in place; so
 after a crash the changes up to its seq are known from there, and those above it from the journal.
@@ -17,18 +18,20 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from datetime import tzinfo
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import orjson
 
-from holdfast.care.old_layout import old_escalation, old_message, own_fields
+from holdfast.care.old_layout import KEPT, message_of, moment, old_escalation, old_message, own_fields
 from holdfast.core.backlog import Backlog
+from holdfast.core.conversations import AUTHORS
 from holdfast.core.state import CONVERSATIONS, ESCALATIONS
 from holdfast.disk.files import Directory
 from holdfast.errors import HoldfastError, NotFound
-from holdfast.ops import Record
+from holdfast.ops import Author, Message, Record
 from holdfast.transcripts import PAGE_MAX, Transcripts
 
 STATE_FILE = "_mirror.json"
@@ -65,6 +68,8 @@ class Source(NamedTuple):
         ids: of all records of a collection.
         transcripts: the messages.
         stamp: the time that names of directories in ``backups/`` end with.
+        lineage: whose seqs these are, as of the manifest.
+        born_of: with which event a conversation began; None when there is none.
     """
 
     lock: threading.Lock
@@ -73,18 +78,50 @@ class Source(NamedTuple):
     ids: Callable[[str], Iterable[str]]
     transcripts: Transcripts
     stamp: Callable[[], str]
+    lineage: str
+    born_of: Callable[[str], int | None]
 
 
-class _State(msgspec.Struct):
+class ShownMessage(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a file says of one message beside the old layout."""
+
+    number: int
+    created_at: str
+    tokens_used: int | None = None
+    author: str | None = None
+
+
+class Shown(msgspec.Struct, frozen=True, kw_only=True):
+    """What a file says of its conversation beside the old layout.
+
+    Attributes:
+        lineage: of the directory that it was written in.
+        messages: one for each that it shows.
+        archived, hold, hold_reason: as of the conversation.
+    """
+
+    lineage: str
+    messages: list[ShownMessage]
+    archived: bool = False
+    hold: bool = False
+    hold_reason: str | None = None
+
+
+class _State(msgspec.Struct, omit_defaults=True):
     """The content of ``_mirror.json``.
 
     Attributes:
         seq: of all that changed up to here, only *pending* is not in the mirror yet.
         pending: conversations; None for all of them.
+        lineage: of the directory, as long as every conversation that it ever had and has no more was deleted; empty when
+            some may have been lost.
+        is_adopting: files of the mirror are being taken over; what of them is there yet was not deleted.
     """
 
     seq: int
     pending: list[str] | None
+    lineage: str = ""
+    is_adopting: bool = False
 
 
 class Mirror:
@@ -113,7 +150,11 @@ class Mirror:
         self._flushed_seq = 0
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="holdfast-mirror", daemon=True)
-        state = None if trusted_seq is None else _read_state(data_dir)
+        state = _read_state(data_dir)
+        # Whether a file of a conversation that is not there tells of one that was deleted, and not of one that was lost.
+        self._knows_deleted = (
+            state is not None and state.seq <= last_seq and bool(source.lineage) and state.lineage == source.lineage
+        )
         # Older than the snapshots: it was switched off, and what changed meanwhile is not known. Newer than the journal:
         # this is another history.
         if (
@@ -196,12 +237,18 @@ class Mirror:
                 conversations.remove_stale_temporaries()
                 escalations.remove_stale_temporaries()
                 self._is_tidy = True
-            run = _Writing(self._source, data, conversations, escalations, seq)
+            run = _Writing(self._source, data, conversations, escalations, seq, knows_deleted=self._knows_deleted)
             if self._is_all:
-                ids = set(self._source.ids(CONVERSATIONS)) | set(self._source.ids(ESCALATIONS))
-                run.remove_strays(ids)
+                conversations_here = set(self._source.ids(CONVERSATIONS))
+                escalations_here = set(self._source.ids(ESCALATIONS))
                 with self._changed:
-                    self._pending |= ids
+                    # What an event was about and is not there was deleted by it.
+                    pending = set(self._pending)
+                kept = run.clear_strays(conversations_here | pending, escalations_here | pending)
+                if kept is not None:
+                    self._log.warning("mirror.files_kept", files=kept.files, kept_in=kept.place)
+                with self._changed:
+                    self._pending |= conversations_here | escalations_here
                     self._is_all = False
             with self._changed:
                 waiting = sorted(self._pending)
@@ -221,13 +268,20 @@ class Mirror:
                         self._pending |= failed
                         self._under_way = set()
                 reason = why or reason
+            with self._changed:
+                # Now every file is of a conversation that is there.
+                self._knows_deleted |= reason is None
         return reason
 
     def _write_state(self) -> None:
         with self._state_guard:
             with self._changed:
                 pending = self._pending | self._under_way
-                state = _State(self._seq, sorted(pending) if not self._is_all and len(pending) <= PENDING_MAX else None)
+                state = _State(
+                    self._seq,
+                    sorted(pending) if not self._is_all and len(pending) <= PENDING_MAX else None,
+                    self._source.lineage if self._knows_deleted else "",
+                )
             with Directory(self._data_dir) as data:
                 data.write_atomic(STATE_FILE, [msgspec.json.encode(state) + b"\n"])
 
@@ -239,12 +293,28 @@ class Mirror:
         self.failure = reason
 
 
+class _Kept(NamedTuple):
+    """How many files were moved to *place*, a path in the data directory."""
+
+    files: int
+    place: str
+
+
 class _Writing:
     """One round of writing, as of *seq*."""
 
     def __init__(
-        self, source: Source, data: Directory, conversations: Directory, escalations: Directory, seq: int
+        self,
+        source: Source,
+        data: Directory,
+        conversations: Directory,
+        escalations: Directory,
+        seq: int,
+        *,
+        knows_deleted: bool,
     ) -> None:
+        """With *knows_deleted*, what is in no conversation that is there was deleted; else it may have been lost."""
+        self._knows_deleted = knows_deleted
         self._source = source
         self._data = data
         self._conversations = conversations
@@ -276,14 +346,41 @@ class _Writing:
             reason = why or reason
         return failed, reason
 
-    def remove_strays(self, ids: set[str]) -> None:
-        """Remove the files of ours that belong to none of *ids*."""
-        for directory, ending in ((self._conversations, ".json"), (self._escalations, ESCALATION_ENDING)):
+    def clear_strays(self, conversations: set[str], escalations: set[str]) -> _Kept | None:
+        """Take the files of ours that belong to none of these ids away; what was kept of them.
+
+        Removed is what shows a conversation that this directory had and deleted; what it may have lost, or never had, is
+        moved to ``backups/``: nobody else may have it.
+        """
+        kept: dict[Directory, list[str]] = {}
+        for directory, ending, ids in (
+            (self._conversations, ".json", conversations),
+            (self._escalations, ESCALATION_ENDING, escalations),
+        ):
             expected = {file_name(id, ending) for id in ids}
-            strays = [name for name in directory.names() if name.endswith(".json") and name not in expected]
-            for name in strays:
-                if is_mirror_file(directory, name):
+            for name in directory.names():
+                if not name.endswith(".json") or name in expected or not is_mirror_file(directory, name):
+                    continue
+                if self._knows_deleted and self._is_of_ours(directory, name):
                     directory.remove(name)
+                else:
+                    kept.setdefault(directory, []).append(name)
+        if not kept:
+            return None
+        place = f"edited-{self._source.stamp()}"
+        with self._data.subdirectory("backups") as backups, backups.subdirectory(place) as into:
+            for directory, names in kept.items():
+                there = set(into.names())
+                directory.move_all([name for name in names if name not in there], into)
+                for name in there.intersection(names):
+                    directory.move(name, into, _free_name(into, name))
+        return _Kept(sum(map(len, kept.values())), f"backups/{place}")
+
+    def _is_of_ours(self, directory: Directory, name: str) -> bool:
+        """Whether the file was written in this directory, and not copied here from another one."""
+        content = _content_of(directory, name)
+        shown = None if content is None else shown_beside(content)
+        return shown is not None and shown.lineage == self._source.lineage
 
     def _write_together(self, ids: list[str]) -> None:
         staged: dict[Directory, list[str]] = {self._conversations: [], self._escalations: []}
@@ -291,8 +388,13 @@ class _Writing:
             for id in ids:
                 head = self._source.get(CONVERSATIONS, id)
                 name = file_name(id, ".json")
-                if head is None or not self._stage(self._conversations, name, self._conversation(id, head), staged):
+                said: list[ShownMessage] = []
+                if head is None or not self._stage(
+                    self._conversations, name, self._conversation(id, head, said), staged
+                ):
                     self._remove(self._conversations, name)
+                else:
+                    self._keep_only_copy(id, name, {message.number for message in said})
                 escalation = self._source.get(ESCALATIONS, id)
                 name = file_name(id, ESCALATION_ENDING)
                 if escalation is None:
@@ -326,18 +428,46 @@ class _Writing:
             return
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EISDIR, "a directory, pipe or device is in the way")
+        self._keep(directory, name)
+
+    def _keep_only_copy(self, id: str, name: str, written: set[int]) -> None:
+        """Keep a file of ours that shows messages which nobody else has; *written* are those that the archive has.
+
+        Not for those that were let go: what is not to be there any more must not be kept either.
+        """
+        head, born = self._source.get(CONVERSATIONS, id), self._source.born_of(id)
+        if head is None or born is None:
+            return
+        living = living_numbers(head.value)
+        if self._knows_deleted and len(written) >= len(living):
+            return
+        # Somebody else's was kept already.
+        if not is_mirror_file(self._conversations, name):
+            return
+        content = _content_of(self._conversations, name)
+        if content is None or not is_same_life(content, head.value, born, self._source.lineage):
+            is_only_copy = not self._knows_deleted
+        else:
+            shown = shown_beside(content)
+            # A file of before says no numbers; it may be the last that has them.
+            numbers = living if shown is None else [one.number for one in shown.messages]
+            is_only_copy = any(number in living and number not in written for number in numbers)
+        if is_only_copy:
+            self._keep(self._conversations, name)
+
+    def _keep(self, directory: Directory, name: str) -> None:
         with (
             self._data.subdirectory("backups") as backups,
             backups.subdirectory(f"edited-{self._source.stamp()}") as kept,
         ):
-            directory.keep_link(name, kept)
+            directory.keep_link(name, kept, _free_name(kept, name))
 
     def _remove(self, directory: Directory, name: str) -> None:
         if directory.stat(name) is not None and is_mirror_file(directory, name):
             directory.remove(name)
 
-    def _conversation(self, id: str, head: Record) -> Iterator[bytes]:
-        """The conversation, a message a line; no more than a page of it is in memory."""
+    def _conversation(self, id: str, head: Record, written: list[ShownMessage]) -> Iterator[bytes]:
+        """The conversation, a message a line; no more than a page of texts is in memory. Those there are go to *written*."""
         said = orjson.loads(head.value)
         shown = {"id": said["id"], "created_at": said["created_at"], "updated_at": said["updated_at"]}
         shown |= {"title": said["title"]} | own_fields(said)
@@ -346,19 +476,30 @@ class _Writing:
         while True:
             page = self._source.transcripts.messages(id, limit=PAGE_MAX, after=after)
             for item in page.items:
-                yield separator + _dumps(old_message(orjson.loads(item.value)))
+                message = orjson.loads(item.value)
+                yield separator + _dumps(old_message(message))
                 separator = b",\n    "
+                written.append(
+                    ShownMessage(message["number"], message["created_at"], message["tokens_used"], message["author"])
+                )
             if page.next is None:
                 break
             after = int(page.next)
-        yield (b"],\n" if separator == b"\n    " else b"\n  ],\n") + self._ending(said["escalated"])
+        yield b"],\n" if separator == b"\n    " else b"\n  ],\n"
+        shown_beside = Shown(
+            lineage=self._source.lineage,
+            messages=written,
+            archived=said["archived"],
+            hold=bool(said.get("hold")),
+            hold_reason=said.get("hold_reason"),
+        )
+        yield _line("escalated", said["escalated"]) + b",\n"
+        yield b"  %b: %b,\n" % (orjson.dumps(KEPT), msgspec.json.encode(shown_beside)) + self._mark()
 
     def _escalation(self, escalation: Record) -> list[bytes]:
         shown = old_escalation(orjson.loads(escalation.value))
+        shown[KEPT] = {"lineage": self._source.lineage, "messages": []}
         return [b"{\n", *(_line(key, value) + b",\n" for key, value in shown.items()), self._mark()]
-
-    def _ending(self, is_escalated: bool) -> bytes:
-        return _line("escalated", is_escalated) + b",\n" + self._mark()
 
     def _mark(self) -> bytes:
         return _line("_holdfast", {"seq": self._seq}) + b"\n}\n"
@@ -385,6 +526,113 @@ def is_mirror_file(directory: Directory, name: str) -> bool:
         return _MARK.search(os.pread(fd, _MARK_BYTES, max(0, os.fstat(fd).st_size - _MARK_BYTES))) is not None
     finally:
         os.close(fd)
+
+
+def shown_beside(content: dict[str, Any]) -> Shown | None:
+    """What the *content* of a file of the mirror says beside the old layout; None for one of before, or when it is broken."""
+    try:
+        return msgspec.convert(content.get(KEPT), Shown)
+    except msgspec.ValidationError:
+        return None
+
+
+def messages_shown(content: dict[str, Any], zone: tzinfo, created_at: str | None) -> list[tuple[int | None, Message]]:
+    """The messages that the *content* of a file of the mirror shows, in order, each with its number as far as it says that.
+
+    Args:
+        zone, created_at: as of ``message_of``, for those of which it says no time.
+
+    Raises:
+        TypeError, ValueError: it shows none that could be messages.
+    """
+    messages = content.get("messages")
+    if not isinstance(messages, list):
+        raise ValueError(f"expected a list of messages, found {type(messages).__name__}")
+    beside = shown_beside(content)
+    is_told = beside is not None and len(beside.messages) == len(messages)
+    seen: set[tuple[str, str]] = set()
+    made: list[tuple[int | None, Message]] = []
+    for index, old in enumerate(messages):
+        external = (str(old.get("channel")), str(old.get("external_id"))) if isinstance(old, dict) else None
+        # A second one with the same would be taken for the first.
+        message = message_of(old, zone, created_at, has_external_id=external not in seen)
+        if external is not None and "external_id" in old:
+            seen.add(external)
+        number: int | None = None
+        if beside is not None and is_told:
+            said = beside.messages[index]
+            number = said.number
+            metadata = message.metadata
+            if said.author == "agent" and metadata is not None and metadata.get("author") == "agent":
+                # Put there by ``old_message``, which shows it there also when it is not.
+                metadata = {key: value for key, value in metadata.items() if key != "author"} or None
+            message = msgspec.structs.replace(
+                message,
+                metadata=metadata,
+                created_at=moment(said.created_at, zone) or message.created_at,
+                tokens_used=said.tokens_used,
+                author=cast(Author, said.author) if said.author in AUTHORS else None,
+            )
+        made.append((number, message))
+    return made
+
+
+def living_numbers(head: bytes) -> range:
+    """The numbers of the messages that the conversation of *head* should have."""
+    said = orjson.loads(head)
+    # The oldest go first, and numbers have no gaps.
+    gone = said["last_number"] - said["message_count"] - said["system_count"]
+    return range(gone + 1, said["last_number"] + 1)
+
+
+def is_same_life(content: dict[str, Any], head: bytes, born: int, lineage: str) -> bool:
+    """Whether a file of the mirror with *content* shows the conversation of *head*, and not an earlier one with its id.
+
+    Args:
+        born: the event with which it began.
+        lineage: of the directory that it is in.
+    """
+    beside = shown_beside(content)
+    mark = content.get("_holdfast")
+    if beside is not None and beside.lineage == lineage and isinstance(mark, dict) and type(mark.get("seq")) is int:
+        return bool(mark["seq"] >= born)
+    # Seqs of another directory say nothing here, but no two begin in the same millisecond.
+    return bool(content.get("created_at") == orjson.loads(head)["created_at"])
+
+
+def is_adopting(data: Directory) -> bool:
+    """Whether taking files of the mirror in *data* over was begun, and not completed."""
+    state = _read_state(data.path)
+    return state is not None and state.is_adopting
+
+
+def begin_adopting(data: Directory) -> None:
+    """Note durably that files of the mirror in *data* are being taken over, before anything of them is."""
+    data.write_atomic(STATE_FILE, [msgspec.json.encode(_State(0, None, is_adopting=True)) + b"\n"])
+
+
+def forget_state(data: Directory) -> None:
+    """Forget how far the mirror in *data* is, durably: all of it is written anew, and nothing that it alone has removed."""
+    if data.stat(STATE_FILE) is not None:
+        data.remove(STATE_FILE)
+        data.sync()
+
+
+def _content_of(directory: Directory, name: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads(directory.read(name))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _free_name(directory: Directory, name: str) -> str:
+    """*name*, or one like it, that nothing in *directory* has."""
+    free, tries = name, 1
+    while directory.stat(free) is not None:
+        tries += 1
+        free = f"{tries}-{name}"
+    return free
 
 
 def _read_state(data_dir: Path) -> _State | None:

@@ -70,10 +70,12 @@ def choose(
     if not sets:
         raise NotFound(f"no backup in {data_dir / BACKUPS}; make one with `holdfast backup`")
     # A machine that was set up anew has none of its own before those of the lost one are restored.
+    strangers = [found for found in sets if found.is_foreign]
     sets = [found for found in sets if not found.is_foreign] or sets
-    named = None if name is None else _named(list_sets(data_dir) if name != LATEST else sets, name)
+    instead = _instead(strangers) if strangers and sets[0] not in strangers else ""
+    named = None if name is None else _named(list_sets(data_dir) if name != LATEST else sets, name, instead)
     if at_ms is None:
-        found = named if named is not None else _named(sets, LATEST)
+        found = named if named is not None else _named(sets, LATEST, instead)
         manifest = found.manifest
         assert manifest is not None
         return Target(found, manifest.seq, parse_ms(manifest.at), False)
@@ -104,7 +106,7 @@ def choose(
     if damage is not None:
         raise damage
     if not readable:
-        raise SetDamaged(f"none of the {len(sets)} backups can be read: {sets[0].name}: {sets[0].damage}")
+        raise SetDamaged(f"none of the {len(sets)} backups can be read: {sets[0].name}: {sets[0].damage}{instead}")
     oldest = min(parse_ms(found.manifest.at) for found in readable if found.manifest is not None)
     raise BadRequest(
         f"expected a moment from {format_ms(oldest + 1)} on, the oldest that a backup reaches, found {format_ms(at_ms)}"
@@ -186,10 +188,18 @@ def note_restored(data: Directory, noted: Restored) -> None:
         backups.write_atomic(RESTORES, [b"[\n", lines, b"\n]\n"])
 
 
-def _named(sets: list[BackupSet], name: str) -> BackupSet:
+def _instead(strangers: list[BackupSet]) -> str:
+    """What to say of the sets of another directory where none of ours can be read."""
+    newest = strangers[0].name
+    return f"; {newest}, which can be read, is of another data directory: restore it by its name if it is what you want"
+
+
+def _named(sets: list[BackupSet], name: str, instead: str = "") -> BackupSet:
+    """The set *name* of *sets*; where *latest* stands for none, *instead* says what there is besides."""
     if name == LATEST:
         found = next((one for one in sets if one.manifest is not None), sets[0])
     else:
+        instead = ""
         by_name = {one.name: one for one in sets}
         if name not in by_name:
             names = list(by_name)
@@ -199,7 +209,7 @@ def _named(sets: list[BackupSet], name: str) -> BackupSet:
             raise NotFound(f"no backup {name!a:.80}; there are {shown}")
         found = by_name[name]
     if found.manifest is None:
-        raise SetDamaged(f"backup {found.name} cannot be read: {found.damage}{_ANOTHER}")
+        raise SetDamaged(f"backup {found.name} cannot be read: {found.damage}{instead}{_ANOTHER}")
     if found.manifest.data_format > FORMAT_VERSION:
         raise DataRefused(
             f"backup {found.name} holds data of format {found.manifest.data_format}, this Holdfast knows "

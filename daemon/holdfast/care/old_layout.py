@@ -9,6 +9,9 @@ back the same in another:
 * A message that would not come back the same from that (a role that we do not have, content that is no text or is empty, JSON
   that cannot be kept exactly) stands whole, as JSON text, in ``metadata["_original"]``; role and content are then the nearest
   that we have: synonyms of a role are that role, any other is ``tool``, content is the text that is in it.
+* A time that the old form says otherwise than we would (with microseconds, with a zone) stands as it was beside ours, under
+  ``_original`` in the conversation's head or in the escalation's ``contact_info``, and is shown for as long as ours is the
+  moment that it stands for.
 * Nothing is left out. What is too large for the limits is refused by the engine, as a whole.
 """
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from datetime import tzinfo
+from datetime import datetime, tzinfo
 from typing import Any, cast
 
 import orjson
@@ -29,10 +32,16 @@ from holdfast.errors import HoldfastError
 from holdfast.ops import Author, Message, Role
 
 ORIGINAL = "_original"
-"""The key of ``metadata``, or of ``contact_info``, under which stands what has no place of its own."""
+"""The key of ``metadata``, of ``contact_info`` or of a conversation's head, under which stands what has no place of its own."""
+
+BEGINNING = "beginning"
+"""The key of a head's ``_original`` under which ``compat.chatbot_storage`` notes with what its bot's list begins."""
 
 CONVERSATION_FIELDS = ("id", "created_at", "updated_at", "title", "messages", "escalated")
 """What every conversation of an old bot has, in its order."""
+
+KEPT = "_holdfast_kept"
+"""The key under which a file of the readable mirror says what the old layout has no place for."""
 
 OLD_ESCALATION = "old_escalation"
 """The field of a conversation that keeps an old escalation which waits for nobody any more."""
@@ -57,14 +66,18 @@ _EMPTY = " "
 
 _NO_LIMITS = values.ValueLimits(bytes_max=1 << 40)
 _OWN = ("user_id", "session_id")
+_TIMES = ("created_at", "updated_at")
+_OWN_ORIGINAL = "own"
+"""The key of a head's ``_original`` for an old bot's own field of that name."""
 
 
-def message_of(old: Any, zone: tzinfo, created_at: str | None = None) -> Message:
+def message_of(old: Any, zone: tzinfo, created_at: str | None = None, *, has_external_id: bool = False) -> Message:
     """The message that *old*, one of an old bot's, becomes; it is not checked against the limits.
 
     Args:
         zone: in which its time is read when it has none of its own.
         created_at: when it was created, where it does not say so itself; None means now.
+        has_external_id: an external id in it is one that we gave it, as our mirror shows it.
 
     Raises:
         TypeError, ValueError: nothing that JSON could hold.
@@ -75,7 +88,7 @@ def message_of(old: Any, zone: tzinfo, created_at: str | None = None) -> Message
     if not isinstance(old, dict):
         return _wrapped(old, {}, created_at)
     rest = {key: value for key, value in old.items() if key not in ("role", "content")}
-    if not _is_plain(old, rest):
+    if not _is_plain(old, rest, has_external_id=has_external_id):
         return _wrapped(old, rest, created_at)
     tokens, author = rest.get("tokens_used"), rest.get("author")
     return Message(
@@ -125,7 +138,7 @@ def head_fields(old: Mapping[str, Any], zone: tzinfo) -> dict[str, Any]:
     """
     given: dict[str, Any] = {}
     for key, value in old.items():
-        if key in CONVERSATION_FIELDS or key in KEPT_BY_US or not _is_text(key) or key == "_holdfast":
+        if key in CONVERSATION_FIELDS or key in KEPT_BY_US or not _is_text(key) or key in ("_holdfast", KEPT):
             continue
         if key in _OWN:
             text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
@@ -137,11 +150,43 @@ def head_fields(old: Mapping[str, Any], zone: tzinfo) -> dict[str, Any]:
     if isinstance(title, str) and title and _is_text(title):
         given["title"] = title[:TEXT_CHARS_MAX]
     given["escalated"] = bool(old.get("escalated"))
-    for field in ("created_at", "updated_at"):
+    original = originals(given)
+    for field in _TIMES:
         found = moment(old.get(field), zone)
         if found is not None:
             given[field] = found
+            if _is_other_text(old[field], found, zone):
+                original = original | {field: old[field]}
+    if original:
+        given[ORIGINAL] = original
     return given
+
+
+def originals(head: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands beside the fields of *head*, and no bot is shown; under ``own`` somebody else's field of that name."""
+    found = head.get(ORIGINAL)
+    if found is None or (isinstance(found, dict) and found.keys() <= {*_TIMES, BEGINNING, _OWN_ORIGINAL}):
+        return found or {}
+    return {_OWN_ORIGINAL: found}
+
+
+def bots_fields(head: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``own_fields`` that an old bot, or another program, gave the conversation."""
+    own = own_fields(head)
+    for key in (ORIGINAL, OLD_ESCALATION):
+        own.pop(key, None)
+    found = originals(head)
+    return own | {ORIGINAL: found[_OWN_ORIGINAL]} if _OWN_ORIGINAL in found else own
+
+
+def shown_time(ours: str, original: Any, zone: tzinfo) -> str:
+    """The moment *ours* as *original* says it, when that is the same moment; else local, in *zone*, without naming it."""
+    return original if isinstance(original, str) and moment(original, zone) == ours else local_time(ours, zone)
+
+
+def local_time(ours: str, zone: tzinfo) -> str:
+    """The moment *ours* as old bots write it."""
+    return datetime.fromisoformat(ours).astimezone(zone).replace(tzinfo=None).isoformat()
 
 
 def own_fields(head: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +194,7 @@ def own_fields(head: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in head.items()
-        if key not in CONVERSATION_FIELDS and key not in KEPT_BY_US and not (key in _OWN and value is None)
+        if key not in CONVERSATION_FIELDS and key not in (*KEPT_BY_US, KEPT) and not (key in _OWN and value is None)
     }
 
 
@@ -157,26 +202,51 @@ def escalation_fields(old: Mapping[str, Any], zone: tzinfo) -> dict[str, Any]:
     """The arguments of ``escalation.open`` for the old escalation *old*, all but its id."""
     reason = old.get("reason")
     text = reason if isinstance(reason, str) and _is_text(reason) else NO_REASON
+    timestamp = old.get("timestamp")
+    opened_at = moment(timestamp, zone)
+    is_other = opened_at is not None and _is_other_text(timestamp, opened_at, zone)
     return {
         "reason": text[:TEXT_CHARS_MAX] if text.strip() else NO_REASON,
-        "contact_info": contact_of(old.get("contact_info")),
+        "contact_info": contact_of(old.get("contact_info"), timestamp if is_other else None),
         "priority": "high" if str(old.get("priority")).lower() in ("high", "urgent", "critical") else "low",
-        "opened_at": moment(old.get("timestamp"), zone) or moment(old.get("created_at"), zone),
+        "opened_at": opened_at or moment(old.get("created_at"), zone),
     }
 
 
-def contact_of(old: Any) -> dict[str, Any] | None:
-    """*old*, how a customer is reached, as the JSON object that we keep."""
-    if old is None or (isinstance(old, dict) and _is_kept(old) and ORIGINAL not in old):
-        return old
-    return {ORIGINAL: json.dumps(old)}
+def contact_of(old: Any, timestamp: str | None = None) -> dict[str, Any] | None:
+    """*old*, how a customer is reached, as the JSON object that we keep.
+
+    Args:
+        timestamp: since when he waits, in the old bot's words, where they are not ours.
+    """
+    is_plain = old is None or (isinstance(old, dict) and _is_kept(old) and ORIGINAL not in old)
+    if timestamp is None:
+        return old if is_plain else {ORIGINAL: json.dumps(old)}
+    if is_plain and old:
+        return {**old, ORIGINAL: {"timestamp": timestamp}}
+    return {ORIGINAL: {"timestamp": timestamp, "contact_info": json.dumps(old)}}
 
 
 def old_contact(contact: Any) -> Any:
     """What ``contact_of`` was given."""
-    if isinstance(contact, dict) and set(contact) == {ORIGINAL}:
-        return json.loads(contact[ORIGINAL])
-    return contact
+    original: Any = contact.get(ORIGINAL) if isinstance(contact, dict) else None
+    if isinstance(original, dict) and "timestamp" in original:
+        if "contact_info" not in original:
+            return {key: value for key, value in contact.items() if key != ORIGINAL}
+        original = original["contact_info"]
+    elif original is None or len(contact) > 1:
+        return contact
+    try:
+        return json.loads(original)
+    except (TypeError, ValueError):
+        return contact  # somebody else's key of the same name
+
+
+def old_timestamp(contact: Any) -> str | None:
+    """The *timestamp* that ``contact_of`` was given."""
+    original = contact.get(ORIGINAL) if isinstance(contact, dict) else None
+    timestamp = original.get("timestamp") if isinstance(original, dict) else None
+    return timestamp if isinstance(timestamp, str) else None
 
 
 def old_escalation(escalation: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,11 +276,16 @@ def moment(value: Any, zone: tzinfo) -> str | None:
         return None
 
 
+def _is_other_text(text: Any, ours: str, zone: tzinfo) -> bool:
+    """Whether *text*, an old bot's for the moment *ours*, is neither how we nor how ``local_time`` would say it."""
+    return _is_text(text) and text not in (ours, local_time(ours, zone))
+
+
 def _moment_of(old: Mapping[Any, Any], zone: tzinfo) -> str | None:
     return moment(old.get("timestamp"), zone) or moment(old.get("created_at"), zone)
 
 
-def _is_plain(old: Mapping[Any, Any], rest: Mapping[Any, Any]) -> bool:
+def _is_plain(old: Mapping[Any, Any], rest: Mapping[Any, Any], *, has_external_id: bool) -> bool:
     """Whether *old* comes back the same from its role, its content and *rest* as metadata."""
     content = old.get("content")
     return (
@@ -219,7 +294,8 @@ def _is_plain(old: Mapping[Any, Any], rest: Mapping[Any, Any]) -> bool:
         and _is_text(content)
         and (content != "" or bool(rest.get("tool_calls") or rest.get("attachments")))
         # With an external id it would be told from others by that, and be dropped when it comes twice.
-        and not any(key in rest for key in ("channel", "external_id", ORIGINAL))
+        and ORIGINAL not in rest
+        and (has_external_id or not any(key in rest for key in ("channel", "external_id")))
         and _is_kept(rest)
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import sys
 import threading
@@ -21,6 +22,10 @@ from holdfast.settings import LoadedSettings, Settings, all_settings, chosen, de
 _PROGRAM = "from holdfast.care.prover import main; main()"
 
 
+_numbers = itertools.count(1)
+"""Each proof has a place of its own: the daily one and that of ``verify --deep`` may run at one time."""
+
+
 class Unproved(Exception):
     """A set could not be proved, which says nothing about it; the text says why."""
 
@@ -35,9 +40,7 @@ def prove_apart(found: BackupSet, settings: Settings, cancelled: threading.Event
     try:
         # Where everything of ours is, so that a start removes what is left of it, and it is no smaller than what was kept.
         with Directory(settings.data_dir / BACKUPS) as backups:
-            scratch = f".prove.{os.getpid()}.tmp"
-            if backups.stat(scratch) is not None:
-                backups.remove_tree(scratch)
+            scratch = f".prove-{next(_numbers)}.{os.getpid()}.tmp"
             backups.subdirectory(scratch).close()
             try:
                 return _prove(found, settings, backups.path / scratch, cancelled)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,9 +21,11 @@ from holdfast.archive.base import ArchiveDamaged, ArchiveError
 from holdfast.archive.place import ARCHIVE, COMPACTED, REBUILT
 from holdfast.archive.sqlite import open_sqlite
 from holdfast.care import swap
-from holdfast.care.backup_set import BACKUPS, SetDamaged, extract, list_sets
+from holdfast.care.backup_set import BACKUPS, SetDamaged, extract, lineage_of, list_sets
 from holdfast.care.backup_stopped import back_up_stopped
+from holdfast.care.findings import readable_size
 from holdfast.care.history import JOURNAL, History, HistoryGap, at_of
+from holdfast.care.history_follower import QUARANTINE
 from holdfast.care.moments import (
     Restored,
     Target,
@@ -36,14 +38,13 @@ from holdfast.care.rewind import collection_in
 from holdfast.care.seal import AgeSeal, writing_seal
 from holdfast.checksum import crc32
 from holdfast.clock import format_ms
-from holdfast.disk.files import Directory, prepare_directory
+from holdfast.disk.files import FULL_ERRNOS, Directory, prepare_directory
 from holdfast.disk.journal import encode_line, read_history, segment_name
 from holdfast.disk.snapshot import (
     MANIFEST,
     MANIFEST_NEXT,
     Manifest,
     encode_manifest,
-    lineage_of,
     new_lineage,
     read_manifest,
 )
@@ -178,14 +179,33 @@ def prepare(
 
 
 def _check_room(target: Target, into: Directory) -> None:
+    if into.space()[0] < _needed(target):
+        raise _no_room(target, into, "")
+
+
+@contextmanager
+def naming_room(target: Target, data_dir: Path) -> Iterator[None]:
+    """Says of a disk that is full, before anything of the present was touched, how much room the restore takes."""
+    try:
+        yield
+    except (StorageFull, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in FULL_ERRNOS:
+            raise
+        with Directory(data_dir) as data:
+            raise _no_room(target, data, ", and room for a backup of the present") from error
+
+
+def _needed(target: Target) -> int:
     assert target.found.manifest is not None
-    needed = round(ROOM_SHARE * sum(stored.bytes for stored in target.found.manifest.files.values()))
-    free, _ = into.space()
-    if free < needed:
-        raise StorageFull(
-            f"no room to restore: backup {target.found.name} needs {needed >> 20} MiB, {free >> 20} MiB are free at "
-            f"{into.path}; free space, or restore into a directory on another disk"
-        )
+    return round(ROOM_SHARE * sum(stored.bytes for stored in target.found.manifest.files.values()))
+
+
+def _no_room(target: Target, place: Directory, besides: str) -> StorageFull:
+    return StorageFull(
+        f"no room to restore backup {target.found.name}: expected {readable_size(_needed(target))} to be free{besides}, found "
+        f"{readable_size(place.space()[0])} at {place.path}; free space, or restore into a directory on another disk "
+        "(--into). Nothing was changed"
+    )
 
 
 def _recover(
@@ -280,7 +300,9 @@ def take_place(
     """
     assert target.found.manifest is not None
     with Directory(data_dir) as data:
-        if keeps_history and not target.found.is_foreign:
+        if target.found.is_foreign:
+            set_history_aside(data, now_ms)
+        elif keeps_history:
             keep_history(data, writing_seal(seal))
         seq = last_seq_of(data_dir, target) + 1
         with data.subdirectory(swap.STAGING) as staging:
@@ -313,6 +335,31 @@ def _names_of_ours(data: Directory) -> set[str]:
         return names.union(*(manifest.files for manifest in manifests))
     # Without a manifest whatever a start would take for a collection; the backup of the present has it.
     return names | {name for name in data.names() if collection_in(name) is not None}
+
+
+def set_history_aside(data: Directory, now_ms: int) -> None:
+    """Put what is packed of the present's history into ``quarantine/``, before a state of another directory takes its place, to
+    which the same seqs are other events. Of an empty present it stays: it has come with the backups.
+
+    Raises:
+        OSError: what was not moved stays.
+    """
+    parts = History(data.path).parts()
+    packed = [part for part in parts if part.is_packed]
+    manifest = None
+    with suppress(ValueError, OSError):
+        manifest = read_manifest(data, MANIFEST)
+    has_lived = any(not part.is_packed for part in parts) or (manifest is not None and manifest.snapshot_seq > 0)
+    if not packed or not has_lived:
+        return
+    stamp = format_ms(now_ms).replace(":", "")
+    with (
+        data.subdirectory(QUARANTINE) as quarantine,
+        data.subdirectory(BACKUPS) as backups,
+        backups.subdirectory(JOURNAL) as place,
+    ):
+        for part in packed:
+            place.move(part.place.name, quarantine, f"{stamp}-{part.place.name}")
 
 
 def keep_history(data: Directory, seal: Seal | None) -> int:
@@ -403,9 +450,13 @@ def restore_beside(
     """Bring the state of *target* into the directory *into*, which is missing or empty; blocks.
 
     Raises:
-        BadRequest: it is neither.
+        BadRequest: it is neither, or lies within the data directory.
         SetDamaged, HistoryGap, DataRefused, StorageFull, OSError: as ``prepare``; *into* is as it was.
     """
+    if into.resolve().is_relative_to(settings.data_dir.resolve()):
+        raise BadRequest(
+            f"expected a directory outside of the data directory {settings.data_dir}, found {into}; choose another"
+        )
     existed = into.exists()
     if existed and (not into.is_dir() or any(into.iterdir())):
         raise BadRequest(f"expected an empty or missing directory, found something in {into}; choose another")
@@ -469,18 +520,19 @@ class Restoring:
         data_dir, target = self.settings.data_dir, self._target
         self._log.info("restore.started", source=target.found.name, at=format_ms(target.at_ms), seq=target.seq)
         try:
-            with Directory(data_dir) as data:
-                swap.discard(data)
-                data.subdirectory(swap.STAGING).close()
-            self.prepared = prepare(
-                target,
-                data_dir / swap.STAGING,
-                self.settings,
-                self._seal,
-                History(data_dir, self._seal),
-                progress=self._progress,
-                is_busy=self._is_busy,
-            )
+            with naming_room(target, data_dir):
+                with Directory(data_dir) as data:
+                    swap.discard(data)
+                    data.subdirectory(swap.STAGING).close()
+                self.prepared = prepare(
+                    target,
+                    data_dir / swap.STAGING,
+                    self.settings,
+                    self._seal,
+                    History(data_dir, self._seal),
+                    progress=self._progress,
+                    is_busy=self._is_busy,
+                )
         except BaseException as error:
             self.give_up(error)
             raise
@@ -502,9 +554,10 @@ class Restoring:
         try:
             if not saved_as or saved_seq < last_seq_of(data_dir):
                 self._progress("backing up the present")
-                saved_as = back_up_stopped(
-                    self.settings, "restore", self._log, self._progress, prove=not is_awaited
-                ).name
+                with naming_room(self._target, data_dir):
+                    saved_as = back_up_stopped(
+                        self.settings, "restore", self._log, self._progress, prove=not is_awaited
+                    ).name
             self._progress("taking its place")
             seq = take_place(
                 data_dir,

@@ -54,6 +54,7 @@ def state_of(
     up_to_seq: int | None = None,
     history: History | None = None,
     collections: SomeOf[str] | None = None,
+    salvaged: set[str] | None = None,
 ) -> State:
     """The state that the set *found* holds or, with *history*, the one after the event *up_to_seq*.
 
@@ -64,6 +65,7 @@ def state_of(
         settings: say under which fields ids and times stand.
         up_to_seq: between the snapshots' seq and that of the set, or with *history* any later one.
         collections: only these are asked for (``sales`` for the figures); the others may hold anything.
+        salvaged: gets the names of those that are in the set as somebody else left them: edited, of an old bot, or damaged.
 
     Raises:
         SetDamaged: the set is not what it should be.
@@ -85,7 +87,9 @@ def state_of(
             except (ValueError, msgspec.DecodeError) as error:
                 raise SetDamaged(f"backup {found.name}: {file} cannot be read: {error}") from error
         else:
-            _load(found, file, manifest.files.get(file), seal, state, name, rules, found.manifest.at)
+            is_whole = _load(found, file, manifest.files.get(file), seal, state, name, rules, found.manifest.at)
+            if salvaged is not None and not is_whole:
+                salvaged.add(name)
     state.seq = found.manifest.snapshot_seq
     state.backlog.since = state.backlog.last_seq = state.seq
     target = found.manifest.seq if up_to_seq is None else up_to_seq
@@ -213,8 +217,9 @@ def _load(
     name: str,
     rules: Rules,
     at: str,
-) -> None:
-    collection = Collection(name)
+) -> bool:
+    """Load the content of *file*; whether it is what was flushed."""
+    collection, is_whole = Collection(name), True
     try:
         if entry is None:
             raise ChecksumMismatchError(file)
@@ -222,7 +227,7 @@ def _load(
     except (ChecksumMismatchError, KeyError, TypeError, ValueError, OverflowError, msgspec.DecodeError):
         # It was backed up as it was: edited by hand, of an old bot, or written when the settings named other fields.
         records = salvage(b"".join(content_of(found, file, seal))).records
-        collection = Collection(name)
+        collection, is_whole = Collection(name), False
         load_foreign(records, state, collection, rules, parse_ms(at), bump_versions=False)
     if name == RETRIES:
         lines = map(collection.get, collection)
@@ -230,3 +235,4 @@ def _load(
     else:
         assert name in BUILT_IN or is_custom_name(name)
         state.collection(name).take_over(collection)
+    return is_whole

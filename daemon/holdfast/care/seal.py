@@ -96,6 +96,28 @@ def seal_of(settings: Settings, identity: Path | None = None, recipients: Sequen
     return AgeSeal([one for name in named for one in _recipients(name)], [] if file is None else _identities(file))
 
 
+def check_recipients(settings: Settings) -> None:
+    """Look whether backups can be encrypted as *settings* say, before the first one is made.
+
+    Raises:
+        SettingsError: as ``seal_of``, for a recipient.
+    """
+    for name in settings.backups.recipients:
+        for _ in _recipients(name):
+            pass
+
+
+def key_problem(settings: Settings) -> str:
+    """Why the key that *settings* name cannot be used now; empty when it can, or none is named."""
+    try:
+        file = credential_file("backups.identity_file", settings.backups.identity_file)
+        if file is not None:
+            _identities(file)
+    except SettingsError as error:
+        return str(error)
+    return ""
+
+
 def writing_seal(seal: AgeSeal | None) -> AgeSeal | None:
     """*seal* where what is written is to be encrypted; None where it only reads, or there is none."""
     return seal if seal is not None and seal.can_close_up else None

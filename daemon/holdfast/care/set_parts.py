@@ -20,6 +20,7 @@ from holdfast.care.backup_set import (
     BackupSet,
     SetManifest,
     list_sets,
+    note_lineage,
 )
 from holdfast.care.history import JOURNAL, History, HistoryGap
 from holdfast.care.packer import Wanted, add_files
@@ -32,6 +33,7 @@ from holdfast.core.sales import decode_sales
 from holdfast.disk.files import Directory
 from holdfast.disk.journal import encode_line, segment_name
 from holdfast.disk.snapshot import MANIFEST, MANIFEST_NEXT, FileEntry, Manifest, encode_manifest, read_manifest, salvage
+from holdfast.errors import StorageFull
 from holdfast.flush import FILE_OF, SALES_FILE
 from holdfast.settings import Settings
 
@@ -90,6 +92,8 @@ def finished(
             counts=counts,
         )
     )
+    with suppress(OSError, StorageFull), Directory(found.path.parent) as backups:
+        note_lineage(backups, manifest.lineage)
     return Made(found, writer.new_bytes, notes)
 
 

@@ -57,6 +57,9 @@ SCHEME = "s3://"
 
 _HALF_MADE = re.compile(r"\..+\.tmp")
 
+_DAMAGED = "damaged-"
+"""Before the name of a set on a disk that could no longer be read, and was copied again."""
+
 
 class CopyFailed(Exception):
     """The second place cannot be read or written now; the text says why."""
@@ -104,7 +107,12 @@ class Store(Protocol):
         """The sets there, newest first; those that cannot be read say why."""
 
     def put(self, found: BackupSet, is_stopping: Callable[[], bool]) -> Transfer:
-        """Bring the set *found* there. It is there with all its files, each read again, or not at all."""
+        """Bring the set *found* there, in the place of one of that name that cannot be read. It is there with all its files,
+        or not at all; each that is sent is read again.
+
+        What a set there has already is not sent. On a disk, which forgets, it is read all the same; in a bucket, which
+        keeps checksums of its own and takes money for reading, it was read when it was sent.
+        """
 
     def put_proof(self, found: BackupSet) -> None:
         """Bring the proof of the set *found*, which is there, up to date."""
@@ -113,7 +121,7 @@ class Store(Protocol):
         """Remove the set *name*."""
 
     def tidy(self) -> None:
-        """Remove what was left half done, and what no set needs any more."""
+        """Remove what was left half done, and what no set needs any more; of sets put aside those older than all others."""
 
     def read(self, found: BackupSet, stored: StoredFile) -> Iterator[bytes]:
         """A file of a set there, as it stands."""
@@ -160,23 +168,22 @@ class _Shelf:
         assert found.manifest is not None, "a set that cannot be read is not copied"
         files = size = 0
         with self._opened() as shelf, Directory(found.path) as source:
-            there = self._known(found.name)
+            there = known_files(one for one in list_sets_in(self._path) if one.name != found.name)
             half_made = f".{found.name}.{os.getpid()}.tmp"
             if shelf.stat(half_made) is not None:
                 shelf.remove_tree(half_made)
             try:
                 with shelf.subdirectory(half_made) as target:
                     for stored in found.manifest.files.values():
-                        earlier = there.get((stored.stored_sha256, stored.stored_bytes))
-                        if earlier is not None:
-                            with Directory(earlier.parent) as before:
-                                before.keep_link(earlier.name, target, stored.stored)
+                        if link_known(there, stored, target, is_stopping):
                             continue
                         with closing(_pieces(source, stored.stored)) as pieces:
                             target.write_atomic(stored.stored, _checked(pieces, stored, is_stopping))
                         self._read_again(target, stored)
                         files, size = files + 1, size + stored.stored_bytes
                     self._write_notes(source, target)
+                if shelf.stat(found.name) is not None:
+                    self._put_aside(shelf, found.name)
                 shelf.rename(half_made, found.name)
                 shelf.sync()
             except BaseException:
@@ -198,9 +205,16 @@ class _Shelf:
 
     def tidy(self) -> None:
         with self._opened() as shelf:
-            for name in shelf.names():
-                if _HALF_MADE.fullmatch(name) and SET_NAME.match(name[1:]):
+            names = shelf.names()
+            oldest = min((name for name in names if SET_NAME.fullmatch(name)), default="")
+            for name in names:
+                is_half_made = _HALF_MADE.fullmatch(name) and SET_NAME.match(name[1:])
+                set_aside = name.removeprefix(_DAMAGED) if name.startswith(_DAMAGED) else ""
+                if is_half_made or (SET_NAME.fullmatch(set_aside) and set_aside < oldest):
                     shelf.remove_tree(name)
+            if JOURNAL in names:
+                with shelf.subdirectory(JOURNAL) as place:
+                    place.remove_stale_temporaries()
 
     def read(self, found: BackupSet, stored: StoredFile) -> Iterator[bytes]:
         with self._opened(), Directory(self._path / found.name) as source:
@@ -226,28 +240,15 @@ class _Shelf:
         with self._opened(), Directory(self._path / JOURNAL) as place:
             place.remove(name)
 
-    def _known(self, but: str) -> dict[tuple[str, int], Path]:
-        """Where the files of the sets there are, by their content; the newest one of each."""
-        known: dict[tuple[str, int], Path] = {}
-        for found in list_sets_in(self._path):
-            for stored in found.manifest.files.values() if found.manifest and found.name != but else ():
-                path = found.path / stored.stored
-                if path.is_file() and path.stat().st_size == stored.stored_bytes:
-                    known.setdefault((stored.stored_sha256, stored.stored_bytes), path)
-        return known
+    def _put_aside(self, shelf: Directory, name: str) -> None:
+        """Give the set *name*, which cannot be read, another name; one from an earlier time of that name goes."""
+        if shelf.stat(_DAMAGED + name) is not None:
+            shelf.remove_tree(_DAMAGED + name)
+        shelf.rename(name, _DAMAGED + name)
+        shelf.sync()
 
     def _read_again(self, target: Directory, stored: StoredFile) -> None:
-        fd = target.open_to_read(stored.stored)
-        try:
-            if hasattr(os, "posix_fadvise"):
-                # Else what is read comes from memory, and says nothing about the disk.
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            digest = hashlib.sha256()
-            while piece := os.read(fd, READ_BYTES):
-                digest.update(piece)
-        finally:
-            os.close(fd)
-        if digest.hexdigest() != stored.stored_sha256:
+        if not stands_whole(target, stored.stored, stored):
             raise CopyFailed(f"{self.where}: {stored.stored} came back changed after it was written; check that disk")
 
     @staticmethod
@@ -318,7 +319,11 @@ class _Bucket:
         assert found.manifest is not None, "a set that cannot be read is not copied"
         files = size = 0
         with self._asking(is_stopping), Directory(found.path) as source:
-            there = {name: bytes_ for name, bytes_, _ in self._listed("objects")}
+            # Only what is in a set there has been read again.
+            in_sets = {
+                file.stored_sha256 for one in self.sets() if one.manifest for file in one.manifest.files.values()
+            }
+            there = {name: bytes_ for name, bytes_, _ in self._listed("objects") if name in in_sets}
             for stored in found.manifest.files.values():
                 if there.get(stored.stored_sha256) == stored.stored_bytes:
                     continue
@@ -468,9 +473,69 @@ def _credentials(settings: Settings) -> dict[str, Any]:
         ) from None
 
 
-def _pieces(source: Directory, name: str) -> Generator[bytes]:
+def known_files(sets: Iterable[BackupSet]) -> dict[tuple[str, int], list[Path]]:
+    """Where the files of *sets* are, by what their content should be: SHA-256 and size."""
+    known: dict[tuple[str, int], list[Path]] = {}
+    for found in sets:
+        for stored in found.manifest.files.values() if found.manifest else ():
+            known.setdefault((stored.stored_sha256, stored.stored_bytes), []).append(found.path / stored.stored)
+    return known
+
+
+def link_known(
+    known: dict[tuple[str, int], list[Path]],
+    stored: StoredFile,
+    target: Directory,
+    is_stopping: Callable[[], bool] | None = None,
+) -> bool:
+    """Link the content of *stored* into *target* from where it is *known*, when it is still that; whether it was.
+
+    Each is read before: a byte may have changed on the disk since it was written, and would be handed down for ever.
+    """
+    read: set[tuple[int, int]] = set()
+    for path in known.get((stored.stored_sha256, stored.stored_bytes), ()):
+        try:
+            status = path.lstat()
+            # Most of them are one file.
+            if status.st_size != stored.stored_bytes or (status.st_dev, status.st_ino) in read:
+                continue
+            read.add((status.st_dev, status.st_ino))
+            with Directory(path.parent) as place:
+                if stands_whole(place, path.name, stored, is_stopping):
+                    place.keep_link(path.name, target, stored.stored)
+                    return True
+        except FileNotFoundError:
+            continue  # rotated away meanwhile
+    return False
+
+
+def stands_whole(
+    place: Directory, name: str, stored: StoredFile, is_stopping: Callable[[], bool] | None = None
+) -> bool:
+    """Whether *name* in *place*, read from the disk, is what *stored* says; False also when it cannot be read.
+
+    With *is_stopping*, which daemons have, the disk is left to others in between.
+
+    Raises:
+        Stopped: *is_stopping* said so.
+    """
+    digest, size = hashlib.sha256(), 0
+    try:
+        with closing(_pieces(place, name, is_cached=False)) as pieces:
+            for piece in pieces if is_stopping is None else _paced(pieces, is_stopping):
+                digest.update(piece)
+                size += len(piece)
+    except OSError:
+        return False
+    return (size, digest.hexdigest()) == (stored.stored_bytes, stored.stored_sha256)
+
+
+def _pieces(source: Directory, name: str, *, is_cached: bool = True) -> Generator[bytes]:
     fd = source.open_to_read(name)
     try:
+        if not is_cached and hasattr(os, "posix_fadvise"):
+            # Else what is read comes from memory, and says nothing about the disk.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         while piece := os.read(fd, READ_BYTES):
             yield piece
     finally:

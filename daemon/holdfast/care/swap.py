@@ -71,6 +71,11 @@ def complete(data: Directory) -> Intent | None:
     if data.stat(INTENT) is None:
         return None
     intent = _read(data)
+    if data.stat(STAGING) is None:
+        raise DataRefused(
+            f"{data.path / INTENT} moves {' and '.join(intent.staged[:1]) or 'files'} into place, but {STAGING}/ is gone; "
+            f"put {STAGING}/ back, or remove {INTENT} and restore again"
+        )
     with data.subdirectory(STAGING) as staging:
         if missing := [name for name in intent.staged if staging.stat(name) is None and data.stat(name) is None]:
             raise DataRefused(

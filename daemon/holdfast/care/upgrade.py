@@ -132,10 +132,13 @@ _CONVERSATION_OPS = frozenset(
     }
 )
 
+_CARE_OPS = frozenset({"order.take", "order.restore", "stats.take"})
+
 RELEASES = {
     "0.1.0-core": Release(1, 0, _CORE_OPS),
     "0.1.0-connections": Release(1, 0, _CORE_OPS),
     "0.1.0-conversations": Release(1, 1, _CORE_OPS | _CONVERSATION_OPS),
+    "0.1.0-backups": Release(1, 2, _CORE_OPS | _CONVERSATION_OPS | _CARE_OPS),
 }
 """What each version before this one can open, oldest first; written out, since what they know does not change any more.
 ``tests/formats/`` has a directory of each."""

@@ -125,6 +125,10 @@ def backups(name: str | None, fetched: str | None, as_json: bool, **_: Any) -> i
             f"any moment since {history.since} can be restored; the history takes {readable_size(history.bytes)} "
             f"in {readable_count(history.parts, 'part')}"
         )
+    elif history.parts:
+        click.echo(
+            styled("no moment can be restored before the next backup is made; see `holdfast verify`", fg="yellow")
+        )
     return 0
 
 

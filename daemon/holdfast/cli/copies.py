@@ -40,8 +40,9 @@ from holdfast.settings import Settings
 def copies(name: str | None, place: str | None, data_dir: str | None, as_json: bool) -> None:
     """Show the backups at the second place, or fetch one of them from there.
 
-    Works beside a running daemon and without one. What is fetched is checked, and whole or not there at all; the history
-    comes along where there is none here. `holdfast restore` then goes back to it.
+    Works beside a running daemon and without one. What is fetched is checked, and whole or not there at all; a damaged
+    backup of that name here goes to quarantine/. The history comes along where there is none here, that of another data
+    directory only into an empty one. `holdfast restore` then goes back to it.
     """
     from holdfast.care.store import CopyFailed, store_of  # here, since it is slow to import
     from holdfast.errors import Unavailable
@@ -102,6 +103,8 @@ def show_brought(settings: Settings, place: str, name: str, *, as_json: bool) ->
 def bring(settings: Settings, place: str, name: str, at_ms: int | None = None) -> Any:
     """The backup *name*, or with *at_ms* the newest one that was made before, fetched from *place*; told on a terminal.
 
+    What was damaged here, and why the history did not come along, goes to stderr.
+
     Raises:
         NotFound: there is none.
         HoldfastError, OSError: as ``copies.fetch``.
@@ -126,10 +129,15 @@ def bring(settings: Settings, place: str, name: str, at_ms: int | None = None) -
         name = older[0].name
     prepare_directory(Path(settings.data_dir))
     try:
-        return fetch(store, name, settings.data_dir, progress)
+        fetched = fetch(store, name, settings.data_dir, progress)
     finally:
         if sys.stderr is not None and sys.stderr.isatty():
             click.echo("\r\x1b[K", err=True, nl=False)
+    if fetched.set_aside:
+        click.echo(f"the backup of that name here was damaged; it is in {fetched.set_aside} now", err=True)
+    if fetched.left:
+        click.echo(f"the history at {printable(store.where)} stayed there: {fetched.left}", err=True)
+    return fetched
 
 
 def _absolute(place: str) -> str:

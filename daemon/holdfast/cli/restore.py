@@ -228,7 +228,7 @@ def _stopped(
     from holdfast.care import put_back
     from holdfast.care.backup_stopped import back_up_stopped
     from holdfast.care.history import History
-    from holdfast.care.restore import restore_stopped
+    from holdfast.care.restore import naming_room, restore_stopped
     from holdfast.care.restore_plan import planned as plan_of
     from holdfast.care.seal import seal_of
     from holdfast.clock import Clock
@@ -262,7 +262,8 @@ def _stopped(
         report = restore_stopped(settings, target, planned, seal, now_ms=now_ms, log=log, progress=progress.note)
         progress.end()
         return _tell_report(plan, msgspec.to_builtins(report), as_json=as_json)
-    saved = back_up_stopped(settings, "restore", log, progress.note)
+    with naming_room(target, settings.data_dir):
+        saved = back_up_stopped(settings, "restore", log, progress.note)
     # The engine takes the lock itself.
     release()
     engine = open_engine(settings, log=log)

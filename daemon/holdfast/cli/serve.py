@@ -37,7 +37,7 @@ def serve(
     overrides = _overrides(data_dir, listen, assignments)
     cwd = Path.cwd()
     config = config or config_file()
-    loaded = load(overrides, os.environ, config, cwd)
+    loaded = _checked(load(overrides, os.environ, config, cwd))
     if check:
         _print_settings(loaded, as_json)
         return 0
@@ -52,11 +52,24 @@ def serve(
             settings, first = first, None
             return settings
         # The file of the first time is meant by name from now on: when it vanishes, that is an error, not the defaults.
-        return load(overrides, os.environ, config or loaded.file, cwd)
+        return _checked(load(overrides, os.environ, config or loaded.file, cwd))
 
     from holdfast.service.daemon import run  # here, because --check needs nothing of the daemon
 
     return run(load_settings)
+
+
+def _checked(loaded: LoadedSettings) -> LoadedSettings:
+    """*loaded*, when what it names besides values is there as well: a backup comes too late to tell.
+
+    Raises:
+        SettingsError: ``backups.recipients`` names nobody to encrypt for.
+    """
+    if loaded.settings.backups.recipients:
+        from holdfast.care.seal import check_recipients  # here, since few encrypt
+
+        check_recipients(loaded.settings)
+    return loaded
 
 
 def _overrides(data_dir: str | None, listen: tuple[str, ...], assignments: tuple[str, ...]) -> dict[str, str]:

@@ -78,7 +78,9 @@ class Escalation(msgspec.Struct, frozen=True, kw_only=True):
     def contacts(self) -> list[tuple[str, str]]:
         """How the customer is reached, by kind; older programs may have stored anything there."""
         found = self.contact_info if isinstance(self.contact_info, dict) else {"contact": self.contact_info}
-        return [(name, text_of(value)) for name, value in found.items() if value is not None]
+        # What begins with an underscore is a note of ours, such as the text of a time in an old file.
+        shown = ((name, value) for name, value in found.items() if not name.startswith("_"))
+        return [(name, text_of(value)) for name, value in shown if value is not None]
 
 
 class Transcript:

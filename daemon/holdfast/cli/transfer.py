@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,7 @@ def export(
     if older_than is not None and until is not None:
         raise click.UsageError("give either --until or --older-than, not both")
     until = older_than or until
+    _check_span(chosen["since"], until)
     is_archive = target.name.endswith((ARCHIVE, ARCHIVE + SEALED))
     if target.exists() and (is_archive or not target.is_dir() or any(target.iterdir())):
         raise SettingsError(f"{target} is there already; name a new directory, or a file FILE{ARCHIVE}")
@@ -132,6 +134,15 @@ def export(
             f"exported {readable_count(records, 'record')} and {readable_count(manifest.messages, 'message')} to {target}, "
             f"as of event {manifest.seq}"
         )
+
+
+def _check_span(since: str | None, until: str | None) -> None:
+    """Refuse a span that nothing lies in, as far as that shows without the zone of the daemon, which looks as well."""
+    with suppress(TypeError, ValueError):
+        if since is not None and until is not None and datetime.fromisoformat(since) >= datetime.fromisoformat(until):
+            raise click.UsageError(
+                f"expected --since to lie before --until, found {since:.40} and {until:.40}; exchange them"
+            )
 
 
 @contextmanager

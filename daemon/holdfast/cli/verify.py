@@ -48,7 +48,11 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         "holdfast verify --backup 2026-11-21T140300.123Z",
     )
 )
-@click.option("--deep", is_flag=True, help="Load every backup as well, and look at each page of a running archive.")
+@click.option(
+    "--deep",
+    is_flag=True,
+    help="Load every backup as well, compare messages with the newest, and look at each page of a running archive.",
+)
 @click.option("--backup", "backup", metavar="NAME|latest", help="Only this backup: load all of it.")
 @click.option(
     "--identity",

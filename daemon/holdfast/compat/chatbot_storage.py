@@ -13,7 +13,7 @@ an old bot left in it is taken over. When a daemon holds it, its socket is used 
 a daemon. ``use`` takes what a program has opened itself.
 
 Times are as such bots write them: ISO 8601 without a zone, local (``stats.timezone`` of what is open in this process, and
-this machine's zone otherwise), to the millisecond.
+this machine's zone otherwise), to the millisecond. One that an old file says otherwise is shown as it says it, until it changes.
 
 Errors are those of files: ``OSError`` with ``errno`` 28 (no room), 13 (no permission), 16 (held by another process), 22
 (cannot be kept), 27 (too large), 1 (under a legal hold), 5 (anything else), and the reason as ``strerror``.
@@ -30,28 +30,51 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from datetime import datetime
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 from zoneinfo import ZoneInfo
 
 import orjson
 
 from holdfast.blocking import Holdfast
 from holdfast.care.old_layout import (
+    BEGINNING,
     OLD_ESCALATION,
+    ORIGINAL,
+    bots_fields,
     contact_of,
+    local_time,
     mark_of,
     message_of,
     old_contact,
     old_escalation,
     old_message,
+    old_timestamp,
+    originals,
     own_fields,
+    shown_time,
 )
 from holdfast.client.sync import connect
 from holdfast.clock import format_ms
+from holdfast.compat.saved_list import (
+    LEAD_MAX,
+    TAIL,
+    Beginning,
+    Continuation,
+    Known,
+    beginning_of,
+    common_before,
+    end_in,
+    fits,
+    is_system,
+    known_after,
+    marks_of,
+    matches,
+    system_lead,
+)
 from holdfast.embedded import Embedded
 from holdfast.embedded import open as open_embedded
 from holdfast.errors import (
@@ -100,6 +123,9 @@ APPEND_AT_ONCE = 1_000
 REMEMBERED_MAX = 10_000
 """Conversations of which it is remembered how they end; of others that is read before the first save."""
 
+READ_AT_ONCE = 1_000
+"""Messages of one page."""
+
 ATTEMPTS = 10
 """Of a save, when somebody else changes the conversation at the same time."""
 
@@ -121,36 +147,6 @@ _ERRNO_OF: dict[type[HoldfastError], int] = {
 }
 
 
-class _Known(NamedTuple):
-    """What a save needs of a conversation as it is stored.
-
-    Attributes:
-        version: of the conversation; with another one this is out of date.
-        created_at: tells it from a later one with the same id.
-        stored: messages that are there.
-        last_number: messages that were ever there; the oldest may have been let go.
-        first, last: the marks of two of them; empty when there are none.
-    """
-
-    version: int
-    created_at: str
-    stored: int
-    last_number: int
-    first: bytes = b""
-    last: bytes = b""
-
-    def goes_on_at(self, messages: Messages, count: int) -> int | None:
-        """Where in the first *count* of *messages* those begin that are not stored; None when they do not go on from there."""
-        # A bot that still holds what was let go since counts that as well.
-        for end in (self.stored, self.last_number):
-            start = end - self.stored
-            if count < end or (self.stored == 0 and end < self.last_number <= count):
-                continue
-            if self.stored == 0 or (mark_of(messages[end - 1]) == self.last and mark_of(messages[start]) == self.first):
-                return end
-        return None
-
-
 class _Shared:
     """What all functions of this module share: one Holdfast, opened when it is first used."""
 
@@ -161,7 +157,7 @@ class _Shared:
         self._holdfast: Holdfast | None = None
         self._is_ours = False
         self._zone: ZoneInfo | None = None
-        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._known: OrderedDict[str, Known] = OrderedDict()
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
 
     def holdfast(self) -> Holdfast:
@@ -209,11 +205,11 @@ class _Shared:
         """Held by whoever saves the conversation *id*, in this process."""
         return self._locks[hash(id) % _LOCKS]
 
-    def known(self, id: str) -> _Known | None:
+    def known(self, id: str) -> Known | None:
         """What is remembered of the conversation *id*; under its lock."""
         return self._known.get(id)
 
-    def remember(self, id: str, known: _Known | None) -> None:
+    def remember(self, id: str, known: Known | None) -> None:
         """Remember *known* instead, or nothing; under the lock of *id*."""
         with self._guard:
             self._known.pop(id, None)
@@ -294,10 +290,18 @@ def save_conversation(
     """Have the conversation hold *messages*; returns it as ``load_conversation`` would, with the list that was given.
 
     A list that begins with what is stored only grew, and its new messages are appended: that costs the same however long the
-    conversation is, since the number of messages, the first one and the last one are compared. A list in which one of these
-    differs, or that became shorter, replaces the conversation; so does one without new messages that differs anywhere.
-    Whoever changes a message between the first and the last, and appends at the same time, is not noticed until the next save
-    without new messages.
+    conversation is, since the number of messages, the first ones and the last ones (8) are compared. Its first messages of
+    the system may differ each time, as a prompt with the time of day does: with which ones the list begins (8 at most, 64 KiB)
+    is a field of the conversation, and the transcript keeps those that it began with. Whoever changes an earlier message, and
+    appends at the same time, is not noticed until the next save without new messages.
+
+    Any other list (shortened, or edited) replaces the conversation, which costs as much as the list is long. Messages that it
+    still has keep the time, tokens, author, external id and metadata that they have; a new one between them, unless it has a
+    ``timestamp``, is as old as the next of them.
+
+    A legal hold lets nothing be replaced. A list whose beginning was cut off, or has other messages (8 at most) instead, is
+    shown as it was saved, while what it lacks is kept. For any other change there is OSError 1, each time; the new messages
+    behind the last that is stored, of which the list must still have one of the last 8, are stored all the same.
 
     ``created_at`` is kept, ``updated_at`` is now. A message's own ``timestamp`` is when it was created, else now is.
 
@@ -335,7 +339,7 @@ def load_conversation(conversation_id: str) -> dict[str, Any] | None:
     if head is None:
         return None
     try:
-        return _conversation(head, _stored_messages(holdfast, id))
+        return _conversation(head, _shown_messages(holdfast, head))
     except NotFound:  # removed meanwhile
         return None
 
@@ -344,15 +348,16 @@ def load_conversation(conversation_id: str) -> dict[str, Any] | None:
 def list_conversations() -> list[dict[str, Any]]:
     """Of every conversation ``id``, ``title``, ``created_at``, ``updated_at``, ``escalated`` and ``message_count``, which does
     not count messages of the system; the one that was updated last comes first."""
-    heads = (orjson.loads(record.value) for record in _shared.holdfast().conversations.list())
+    holdfast = _shared.holdfast()
+    heads = (orjson.loads(record.value) for record in holdfast.conversations.list())
     return [
         {
             "id": head["id"],
             "title": head["title"],
-            "created_at": _local(head["created_at"]),
-            "updated_at": _local(head["updated_at"]),
+            "created_at": _time(head, "created_at"),
+            "updated_at": _time(head, "updated_at"),
             "escalated": head["escalated"],
-            "message_count": head["message_count"],
+            "message_count": _message_count(holdfast, head),
         }
         for head in heads
     ]
@@ -417,7 +422,9 @@ def save_escalation(
     """
     id = str(conversation_id)
     holdfast = _shared.holdfast()
-    contact: Any = contact_of(contact_info)
+    before = holdfast.escalations.get(id) if _is_id(id) and contact_info is not None else None
+    # The time that an old file gave stands there, and goes on to be shown.
+    contact: Any = contact_of(contact_info, old_timestamp(before["contact_info"]) if before else None)
     said: Any = priority
     try:
         holdfast.escalations.open(id, reason, contact, said)
@@ -542,7 +549,7 @@ class _Save:
         self._is_escalated = is_escalated
         self._title = title
 
-    def do(self) -> _Known | None:
+    def do(self) -> Known | None:
         """Save; what is to be remembered of the conversation.
 
         Raises:
@@ -555,56 +562,78 @@ class _Save:
         known = _shared.known(self._id)
         if known is None or (known.version, known.created_at) != (record.version, head["created_at"]):
             known = self._look(record, head)
-        start = known.goes_on_at(self._messages, self._count)
-        if start is None:
-            return self._replace(record, head)
-        if start < self._count:
-            return self._append(record, head, known, start)
-        if known.stored > 2 and not self._is_same(start - known.stored):
-            return self._replace(record, head)
-        fields = self._changes(head) | {"updated_at": _now_exact()}
-        answer = self._conversations.put(self._id, fields, if_version=record.version)
-        return known._replace(version=answer.version)
-
-    def _look(self, record: Record, head: dict[str, Any]) -> _Known:
-        """How the conversation begins and ends, as it is stored."""
-        count = head["message_count"] + head["system_count"]
-        known = _Known(record.version, head["created_at"], count, head["last_number"])
-        if not count:
-            return known
+        at = known.goes_on_at(self._messages, self._count)
+        if at is not None and at.end == self._count and known.rest > TAIL + 1 and not self._is_same(known, at):
+            at = None
+        if at is not None:
+            try:
+                return self._go_on(record, head, known, at)
+            except TooLarge:
+                # The head may have no room for another beginning; what is too large by itself is refused below as well.
+                if not at.is_other:
+                    raise
+        if head.get("hold"):
+            return self._go_on_held(record, head, known, Conflict(f"conversation {self._id!r} is under a legal hold"))
         try:
-            first = self._conversations.message_page(self._id, limit=1, after=0).items
-            last = self._conversations.message_page(self._id, limit=1).items
+            return self._replace(record, head)
+        except Conflict as error:  # its person is under a legal hold
+            return self._go_on_held(record, head, known, error)
+
+    def _look(self, record: Record, head: dict[str, Any]) -> Known:
+        """How the conversation begins and ends, as it is stored."""
+        stored = head["message_count"] + head["system_count"]
+        known = Known(record.version, head["created_at"], stored, head["last_number"])
+        beginning = beginning_of(head)
+        if beginning is not None:
+            lead = marks_of(beginning.messages)
+            known = known._replace(after=beginning.after, lead=lead, hidden=beginning.hidden)
+        try:
+            if beginning is None and stored and not known.let_go:
+                oldest = [
+                    _old(item) for item in self._conversations.message_page(self._id, limit=LEAD_MAX, after=0).items
+                ]
+                after = system_lead(oldest, len(oldest))
+                known = known._replace(after=after, lead=marks_of(oldest[:after]))
+            if not known.rest:
+                return known
+            after = max(known.after, known.let_go)
+            first = self._conversations.message_page(self._id, limit=1, after=after).items
+            last = self._conversations.message_page(self._id, limit=min(TAIL, known.rest)).items
         except NotFound as error:
             raise VersionMismatch(f"conversation {self._id!r} was removed meanwhile") from error
         if not first or not last:
-            return known
-        return known._replace(first=_mark(first[0]), last=_mark(last[0]))
+            # The archive has lost them: no list goes on from there.
+            return known._replace(last=(b"",))
+        return known._replace(first=mark_of(_old(first[0])), last=tuple(mark_of(_old(item)) for item in last))
 
-    def _is_same(self, start: int) -> bool:
-        """Whether the messages from *start* on are those that are stored."""
-        stored = _stored_messages(self._holdfast, self._id)
-        given = self._messages[start : self._count]
+    def _is_same(self, known: Known, at: Continuation) -> bool:
+        """Whether the messages from where *at* says are those that are stored."""
+        stored = list(_stored_messages(self._holdfast, self._id, max(known.after, known.let_go)))
+        given = self._messages[at.start : self._count]
         return len(stored) == len(given) and all(
             mark_of(one) == mark_of(other) for one, other in zip(stored, given, strict=True)
         )
 
-    def _create(self) -> _Known | None:
+    def _create(self) -> Known | None:
         chunks = self._chunks(0)
         with self._holdfast.atomic():
             self._conversations.put(self._id, self._changes({}), if_version=0)
             self._append_all(chunks)
         return self._remembered(1 + len(chunks))
 
-    def _append(self, record: Record, head: dict[str, Any], known: _Known, start: int) -> _Known:
-        chunks = self._chunks(start)
+    def _go_on(self, record: Record, head: dict[str, Any], known: Known, at: Continuation) -> Known:
+        """Append what is new, and have the list begin as it does."""
+        chunks = self._chunks(at.end)
         fields = self._changes(head)
-        if any(message.created_at is not None for message in chunks[-1]):
+        if not chunks or any(message.created_at is not None for message in chunks[-1]):
             # Else the newest message's time would be the conversation's.
             fields["updated_at"] = _now_exact()
-        count = known.stored + self._count - start
-        last_number = known.last_number + self._count - start
-        if len(chunks) == 1 and not fields:
+        if at.is_other:
+            beginning = Beginning(at.after, self._messages[: at.lead], at.hidden)
+            fields[ORIGINAL] = originals(head) | {BEGINNING: beginning.field()}
+        if not chunks:
+            version = self._conversations.put(self._id, fields, if_version=record.version).version
+        elif len(chunks) == 1 and not fields:
             version = self._conversations.append(self._id, messages=chunks[0], if_version=record.version).version
         else:
             version = record.version + len(chunks) + bool(fields)
@@ -612,13 +641,53 @@ class _Save:
                 self._append_all(chunks, record.version)
                 if fields:
                     self._conversations.put(self._id, fields)
-        first = known.first or mark_of(self._messages[start])
-        return _Known(version, head["created_at"], count, last_number, first, mark_of(self._messages[self._count - 1]))
+        return known.after_save(version, self._messages, self._count, at)
 
-    def _replace(self, record: Record, head: dict[str, Any]) -> _Known | None:
-        """Let the conversation begin anew, with what it keeps beside its messages."""
-        chunks = self._chunks(0)
+    def _go_on_held(self, record: Record, head: dict[str, Any], known: Known, refused: Conflict) -> Known:
+        """Append what is new of a list for which the conversation, under a legal hold, may not be replaced.
+
+        Raises:
+            Conflict: what else is different cannot be done; what is new was appended.
+        """
+        given = marks_of(self._messages[: self._count])
+        newest = self._newest_first()
+        tail = list(islice(newest, TAIL))
+        found = end_in(given, tail)
+        if found is None:
+            raise refused
+        end, skipped = found
+        if not skipped:
+            tail += islice(newest, max(0, end - TAIL))
+            common = common_before(given, end, tail)
+            start = end - common
+            if fits(self._messages[:start]):
+                shown = sum(not is_system(message) for message in self._messages[start:end])
+                after, hidden = head["last_number"] - common, head["message_count"] - shown
+                return self._go_on(record, head, known, Continuation(start, start, end, after, hidden, is_other=True))
+        if end < self._count:
+            self._append_all(self._chunks(end), record.version)
+        raise Conflict(
+            f"conversation {self._id!r} is under a legal hold, so no message of it is changed or left out; "
+            f"{self._count - end} new ones were appended"
+        ) from refused
+
+    def _newest_first(self) -> Iterator[bytes]:
+        """The marks of the stored messages."""
+        before: str | None = None
+        while True:
+            page = self._conversations.message_page(self._id, limit=READ_AT_ONCE, before=before)
+            for item in reversed(page.items):
+                yield mark_of(_old(item))
+            if page.next is None:
+                return
+            before = page.next
+
+    def _replace(self, record: Record, head: dict[str, Any]) -> Known | None:
+        """Let the conversation begin anew, with what it keeps beside its messages, and with those that are still the same."""
+        chunks = _chunked(self._kept_messages())
         fields = own_fields(head) | {"created_at": head["created_at"], "updated_at": _now_exact()}
+        if BEGINNING in originals(head):
+            fields[ORIGINAL] = {key: value for key, value in originals(head).items() if key != BEGINNING} or None
         fields |= {"title": head["title"]} | self._changes({})
         escalation = self._holdfast.escalations.get(self._id)
         is_open = escalation is not None and escalation["status"] == "pending"
@@ -639,6 +708,25 @@ class _Save:
                 )
         return self._remembered(1 + len(chunks) + is_open)
 
+    def _kept_messages(self) -> list[Message]:
+        """The list, each message that is stored as it is stored."""
+        try:
+            stored = list(self._conversations.messages(self._id))
+        except NotFound as error:
+            raise VersionMismatch(f"conversation {self._id!r} was removed meanwhile") from error
+        given = self._messages[: self._count]
+        found = matches([mark_of(old_message(message)) for message in stored], marks_of(given))
+        zone = _shared.zone()
+        made: list[Message] = []
+        created_at: str | None = None
+        for old, place in zip(reversed(given), reversed(found), strict=True):
+            if place is None:
+                made.append(message_of(old, zone, created_at))
+            else:
+                made.append(_as_stored(stored[place]))
+                created_at = stored[place]["created_at"]
+        return made[::-1]
+
     def _changes(self, head: dict[str, Any]) -> dict[str, Any]:
         """What is to be different in *head*."""
         fields: dict[str, Any] = {}
@@ -653,46 +741,98 @@ class _Save:
 
     def _chunks(self, start: int) -> list[list[Message]]:
         zone = _shared.zone()
-        made = [message_of(message, zone) for message in self._messages[start : self._count]]
-        return [made[begin : begin + APPEND_AT_ONCE] for begin in range(0, len(made), APPEND_AT_ONCE)]
+        return _chunked([message_of(message, zone) for message in self._messages[start : self._count]])
 
     def _append_all(self, chunks: list[list[Message]], version: int | None = None) -> None:
         for chunk in chunks:
             self._conversations.append(self._id, messages=chunk, if_version=version)
             version = None
 
-    def _remembered(self, version: int) -> _Known | None:
+    def _remembered(self, version: int) -> Known | None:
         """What the conversation is after it was made by a batch of its own."""
         head = self._conversations.head(self._id)
         if head is None:
             return None
-        known = _Known(version, head["created_at"], self._count, self._count)
-        if not self._count:
-            return known
-        return known._replace(first=mark_of(self._messages[0]), last=mark_of(self._messages[self._count - 1]))
+        return known_after(version, head["created_at"], self._messages, self._count)
 
 
-def _stored_messages(holdfast: Holdfast, id: str) -> Messages:
-    return [old_message(message) for message in holdfast.conversations.messages(id)]
+def _chunked(messages: list[Message]) -> list[list[Message]]:
+    return [messages[start : start + APPEND_AT_ONCE] for start in range(0, len(messages), APPEND_AT_ONCE)]
+
+
+def _as_stored(message: Mapping[str, Any]) -> Message:
+    """What makes *message*, as our API shows it, once more."""
+    return Message(
+        role=message["role"],
+        content=message["content"],
+        tokens_used=message["tokens_used"],
+        author=message["author"],
+        metadata=message["metadata"] or None,
+        created_at=message["created_at"],
+    )
+
+
+def _stored_messages(holdfast: Holdfast, id: str, after: int) -> Iterator[Any]:
+    """Those after the number *after*, in the old bot's form."""
+    while True:
+        page = holdfast.conversations.message_page(id, limit=READ_AT_ONCE, after=after)
+        yield from map(_old, page.items)
+        if page.next is None:
+            return
+        after = int(page.next)
+
+
+def _shown_messages(holdfast: Holdfast, head: Mapping[str, Any]) -> Messages:
+    """The messages of the conversation with this *head*, as they were saved."""
+    beginning = beginning_of(head) or Beginning(0, [])
+    return [*beginning.messages, *_stored_messages(holdfast, head["id"], beginning.after)]
+
+
+def _message_count(holdfast: Holdfast, head: Mapping[str, Any]) -> int:
+    """How many of these are not the system's."""
+    beginning = beginning_of(head)
+    count: int = head["message_count"]
+    if beginning is None:
+        return count
+    hidden = beginning.hidden
+    if hidden and count + head["system_count"] < head["last_number"]:
+        hidden = _still_hidden(holdfast, head["id"], beginning.after)
+    return count - hidden + sum(not is_system(message) for message in beginning.messages)
+
+
+def _still_hidden(holdfast: Holdfast, id: str, after: int) -> int:
+    """How many messages up to the number *after*, not the system's, retention has not let go since they were hidden."""
+    count = 0
+    try:
+        for message in holdfast.conversations.messages(id):
+            if message["number"] > after:
+                break
+            count += message["role"] != "system"
+    except NotFound:  # removed meanwhile
+        pass
+    return count
 
 
 def _conversation(head: dict[str, Any], messages: Messages) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "id": head["id"],
-        "created_at": _local(head["created_at"]),
-        "updated_at": _local(head["updated_at"]),
+        "created_at": _time(head, "created_at"),
+        "updated_at": _time(head, "updated_at"),
         "title": head["title"],
         "messages": messages,
         "escalated": head["escalated"],
     }
-    own = own_fields(head)
-    own.pop(OLD_ESCALATION, None)
-    return shown | own
+    return shown | bots_fields(head)
 
 
 def _escalation(escalation: dict[str, Any]) -> dict[str, Any]:
     shown = old_escalation(escalation)
-    return shown | {"timestamp": _local(shown["timestamp"])}
+    timestamp = old_timestamp(escalation["contact_info"])
+    return shown | {"timestamp": shown_time(shown["timestamp"], timestamp, _shared.zone())}
+
+
+def _time(head: Mapping[str, Any], field: str) -> str:
+    return shown_time(head[field], originals(head).get(field), _shared.zone())
 
 
 def _remove(holdfast: Holdfast, records: list[Record]) -> tuple[int, int]:
@@ -736,8 +876,9 @@ def _changed_user(
     return profile
 
 
-def _mark(item: Record) -> bytes:
-    return mark_of(old_message(orjson.loads(item.value)))
+def _old(item: Record) -> Any:
+    """A stored message in the old bot's form."""
+    return old_message(orjson.loads(item.value))
 
 
 def _is_id(id: str) -> bool:
@@ -745,12 +886,8 @@ def _is_id(id: str) -> bool:
     return bool(id) and id.isprintable()
 
 
-def _local(text: str) -> str:
-    return datetime.fromisoformat(text).astimezone(_shared.zone()).replace(tzinfo=None).isoformat()
-
-
 def _now() -> str:
-    return _local(_now_exact())
+    return local_time(_now_exact(), _shared.zone())
 
 
 def _now_exact() -> str:

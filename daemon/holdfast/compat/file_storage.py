@@ -452,17 +452,23 @@ class ConfigManager:
         return self.config.get(key, default)
 
     def set(self, key: str, value: Any) -> bool:
-        """Set *key*, and save at once; True. When it cannot be saved it is not set; errors as ``FileStorage.save``."""
+        """Set *key*, and save at once; True. When it cannot be saved it is not set; errors as ``FileStorage.save``.
+
+        ``get`` gives it as it stands in the file, before and after it is loaded again: of a date its text.
+        """
         with self._guard:
             changed = self.config | {key: value}
             self.storage.save(CONFIG_NAME, [changed])
-            self.config = changed
+            self.config = _as_stored(changed)
         return True
 
     def save_config(self) -> bool:
         """Save all settings as they stand; True. Errors as ``FileStorage.save``."""
         with self._guard:
-            return self.storage.save(CONFIG_NAME, [self.config])
+            self.storage.save(CONFIG_NAME, [self.config])
+            # The same dictionary, which the bot may have in its hands.
+            self.config.update(_as_stored(self.config))
+        return True
 
     def load_config(self) -> dict[str, Any]:
         """Read the settings again, and return them.
@@ -476,6 +482,12 @@ class ConfigManager:
                 changed |= record
             self.config = changed
             return self.config
+
+
+def _as_stored(config: dict[str, Any]) -> dict[str, Any]:
+    """*config* as whoever loads it finds it."""
+    (stored,) = _decoded(b"".join(_lines_of([config], CONFIG_NAME)))
+    return stored
 
 
 def recover_from_corruption(storage: FileStorage, filename: str) -> bool:

@@ -131,7 +131,7 @@ def message_append(
     added: list[StoredMessage] = []
     in_op: dict[tuple[str, str], int] = {}
     for message in given:
-        stored = _stored(message, number + 1, rules, now_ms)
+        stored = stored_message(message, number + 1, rules, now_ms)
         if stored.external_id:
             pair = (stored.channel, stored.external_id)
             there = in_op.get(pair)
@@ -185,7 +185,8 @@ def conversation_put(state: State, op: ConversationPut, rules: Rules, seq: int, 
         if field in times:
             head[field] = format_ms(min(times[field], now_ms))
         elif field in _OWN:
-            head[field] = bool(value) if field == "escalated" else value
+            # As long as somebody waits for a human it is escalated, whatever a head that was read earlier says.
+            head[field] = (bool(value) or head["handler"] == "waiting") if field == "escalated" else value
         elif field in KEPT_BY_US or field in ("created_at", "updated_at"):
             continue
         elif value is None:
@@ -375,8 +376,12 @@ def _say_whose(head: dict[str, Any], op: MessageAppend, rules: Rules) -> None:
             )
 
 
-def _stored(message: Message | MessageAppend, number: int, rules: Rules, now_ms: int) -> StoredMessage:
-    """*message* checked, as it is kept."""
+def stored_message(message: Message | MessageAppend, number: int, rules: Rules, now_ms: int) -> StoredMessage:
+    """*message* checked, as it is kept.
+
+    Raises:
+        InvalidRecord, TooLarge: it cannot be.
+    """
     role, content, tokens = message.role, message.content, message.tokens_used
     if role not in ROLES:
         raise InvalidRecord(f"role must be one of {', '.join(ROLES)}, found {role!r:.80}")

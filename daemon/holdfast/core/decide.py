@@ -374,7 +374,9 @@ def _order_complete(state: State, op: OrderComplete, rules: Rules, seq: int, now
     if closed is not None:
         if orjson.loads(closed).get("status") == "cancelled":
             raise Conflict(f"order {op.id!r} is cancelled; a cancelled order cannot be completed")
-        return unchanged(op, closed, seq)
+        if op.revenue is None or "revenue" in orjson.loads(closed):
+            return unchanged(op, closed, seq)
+        return _order_paid(state, op, closed, revenue, rules, seq, now_ms)
     old = existing(state.orders, op, "order")
     version, _ = next_version(old, op)
     changes: dict[str, Any] = {"status": "completed", "completedAt": format_ms(now_ms)}
@@ -385,6 +387,24 @@ def _order_complete(state: State, op: OrderComplete, rules: Rules, seq: int, now
         return _order_event(seq, now_ms, "order.complete", op.id, version, encoded, True)
     today = figures.day_of(now_ms, rules.zone)
     count = figures.count_completion(state.sales, today, _oldest(rules, now_ms), revenue)
+    return _order_event(seq, now_ms, "order.complete", op.id, version, encoded, True, count)
+
+
+def _order_paid(
+    state: State, op: OrderComplete, closed: bytes, revenue: Decimal, rules: Rules, seq: int, now_ms: int
+) -> Event:
+    """The revenue of an order that was completed without one: counted today, its completion was."""
+    version, _ = next_version(closed, op)
+    encoded = orjson.dumps(
+        orjson.loads(record.value_of(closed)) | {"revenue": orjson.Fragment(figures.money_text(revenue))}
+    )
+    counted = record.header_of(closed).counted
+    mark = state.counted.get(op.id)
+    # One that was deleted and begun anew was counted in its first life, with what it brought then.
+    if not counted or (mark is not None and orjson.loads(mark)["completed"]):
+        return _order_event(seq, now_ms, "order.complete", op.id, version, encoded, counted)
+    today = figures.day_of(now_ms, rules.zone)
+    count = figures.count_completion(state.sales, today, _oldest(rules, now_ms), revenue, orders=0)
     return _order_event(seq, now_ms, "order.complete", op.id, version, encoded, True, count)
 
 

@@ -78,15 +78,15 @@ def count_order(sales: Sales, day: str, oldest: str, product_type: str | None) -
     return Count(figures, totals, oldest)
 
 
-def count_completion(sales: Sales, day: str, oldest: str, revenue: Decimal) -> Count:
-    """Count one completion with *revenue* on *day*."""
+def count_completion(sales: Sales, day: str, oldest: str, revenue: Decimal, *, orders: int = 1) -> Count:
+    """Count one completion with *revenue* on *day*; with 0 *orders* only the revenue."""
     figures = None
     if day >= oldest:
         figures = dict(sales.days.get(day) or _empty_day(day))
-        figures["completedOrders"] = figures.get("completedOrders", 0) + 1
+        figures["completedOrders"] = figures.get("completedOrders", 0) + orders
         figures["totalRevenue"] = add_money(figures.get("totalRevenue", 0), revenue)
     totals = _totals(sales)
-    totals["allTimeCompleted"] += 1
+    totals["allTimeCompleted"] += orders
     totals["allTimeRevenue"] = add_money(totals["allTimeRevenue"], revenue)
     return Count(figures, totals, oldest)
 
@@ -137,7 +137,7 @@ def money(revenue: Decimal | None) -> Decimal:
         raise InvalidRecord(
             f"revenue may have {_WHOLE_DIGITS_MAX} digits and {_DECIMALS_MAX} decimals, found {revenue}"
         )
-    return revenue
+    return revenue.copy_abs()  # exactly; for there is a -0
 
 
 def money_text(amount: Decimal) -> bytes:

@@ -98,7 +98,7 @@ class Directory:
         except BaseException as error:
             self.remove(temporary)
             if isinstance(error, OSError) and error.errno in FULL_ERRNOS:
-                raise StorageFull(f"no room to write {self.path / name}: {error.strerror}") from error
+                raise StorageFull(f"no room to write {self.path / name}: {error.strerror}; free space") from error
             raise
 
     def publish(self, names: Iterable[str]) -> None:
@@ -321,8 +321,10 @@ class Directory:
         self.sync()
 
     def close(self) -> None:
-        """Give the descriptor back."""
-        os.close(self._fd)
+        """Give the descriptor back; may be called again, when the number may be somebody else's by then."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def __enter__(self) -> Directory:
         return self
@@ -385,8 +387,10 @@ class DirectoryLock:
             raise DirectoryLocked(
                 f"process {holder} holds {directory}; stop it first, or use another data directory"
             ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        # Who holds it is a courtesy to those who come later; a full disk is no reason not to start.
+        with suppress(OSError):
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Give the lock back; the file stays, so that nobody locks a removed one."""

@@ -16,8 +16,6 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -83,15 +81,6 @@ class Manifest(msgspec.Struct, frozen=True):
 def new_lineage() -> str:
     """One that no other directory has."""
     return secrets.token_hex(16)
-
-
-def lineage_of(data_dir: Path) -> str:
-    """The lineage of the directory *data_dir*; empty when its manifest does not tell."""
-    for name in (MANIFEST, MANIFEST_NEXT):
-        with suppress(DataRefused, ValueError, OSError), Directory(data_dir) as data:
-            if (manifest := read_manifest(data, name)) is not None and manifest.lineage:
-                return manifest.lineage
-    return ""
 
 
 def entry_of(written: WrittenFile, records: int, seq: int) -> FileEntry:
@@ -217,14 +206,16 @@ def salvage(raw: bytes) -> Salvage:
         return Salvage([], False, "a JSON object, not an array of records")
     if not raw.strip(b"\0 \t\r\n"):
         return Salvage([], False, "empty" if not raw else "nothing but zeros")
-    return Salvage(_whole_records(raw.decode("utf-8", "replace")), False, reason)
+    text = raw.decode("utf-8", "replace")
+    records = [value for start, end, value in whole_records(text) if "\ufffd" not in text[start:end]]
+    return Salvage(records, False, reason)
 
 
-def _whole_records(text: str) -> list[Any]:
+def whole_records(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Where each whole record of the damaged array *text* begins and ends, and its value."""
     # The parser knows NaN and rounds 1e400 to infinity; such a record cannot be kept as it is, so it is not whole.
     decode = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).raw_decode
-    begin = _record_start(text)
-    records: list[Any] = []
+    begin = record_start(text)
     match = _AFTER_BAD_NEWLINE.match(text) or begin.search(text)
     while match is not None:
         start = match.end() - 1
@@ -233,13 +224,12 @@ def _whole_records(text: str) -> list[Any]:
         except (ValueError, RecursionError):
             end = match.end()
         else:
-            if isinstance(value, dict) and "\ufffd" not in text[start:end]:
-                records.append(value)
+            if isinstance(value, dict):
+                yield start, end, value
             match = _AFTER_BAD_NEWLINE.match(text, end)
             if match is not None:
                 continue
         match = begin.search(text, end)
-    return records
 
 
 _AFTER_BAD_NEWLINE = re.compile(r"[\[,].[ \t]*\{", re.DOTALL)
@@ -253,7 +243,7 @@ def _finite(number: str) -> float:
     return value
 
 
-def _record_start(text: str) -> re.Pattern[str]:
+def record_start(text: str) -> re.Pattern[str]:
     """How the records of this file begin: after a newline and the first record's indentation, or after any comma."""
     first = re.match(r"\s*\[(\r?\n[ \t]*)\{", text)
     if first is not None:

@@ -24,7 +24,7 @@ from holdfast.care.moments import Target
 from holdfast.care.restore import RestoreState
 from holdfast.care.restore_plan import RestorePlan
 from holdfast.care.retention import CHECK_EVERY_S, Daily
-from holdfast.care.seal import AgeSeal
+from holdfast.care.seal import AgeSeal, key_problem
 from holdfast.care.space import LOOK_EVERY_S
 from holdfast.engine import Engine
 from holdfast.errors import HoldfastError, SettingsError, Unavailable
@@ -50,6 +50,9 @@ STATUS_EVERY_S = 10.0
 
 FLUSH_RETRY_S = 30.0
 """After a flush that failed, the least time to the next one that the size of the journal asks for."""
+
+KEY_CHECK_EVERY_S = 60.0
+"""The key for encrypted backups may stand on a disk that is mounted later."""
 
 LOAD_SIGN_S = 5.0
 """Between two messages to systemd while loading; each asks for LOAD_EXTEND_S."""
@@ -233,6 +236,7 @@ class _Daemon:
         supervisor.add(Interval("verify", verify.DAILY_CHECK_S, verifying.run_when_due))
         supervisor.add(Interval("disk", LOOK_EVERY_S, lambda: engine.look_at_disk(lambda: self._shutdown.is_requested)))
         supervisor.add(_Copying(engine))
+        supervisor.add(Interval("backup key", KEY_CHECK_EVERY_S, self._look_at_key))
         supervisor.add(Interval("status", STATUS_EVERY_S, self._tell_status))
         supervisor.add(
             InboxService(engine, progress=self._note_long_start, is_stopping=lambda: self._shutdown.is_requested)
@@ -300,9 +304,11 @@ class _Daemon:
         cancelled = threading.Event()
 
         def load() -> Engine:
-            return open_engine(
+            engine = open_engine(
                 self._settings, cancelled=cancelled, progress=self._note_progress, log=structlog.get_logger()
             )
+            self._look_at_key_for(engine)
+            return engine
 
         loading = asyncio.create_task(in_thread("loading", load))
         requested = asyncio.create_task(self._shutdown.requested())
@@ -396,6 +402,19 @@ class _Daemon:
             # The engine has told it as flush.failed; on a full disk there is no point in trying every second.
             self._flush_again_at = time.monotonic() + FLUSH_RETRY_S
 
+    def _look_at_key(self) -> None:
+        if self._engine is not None:
+            self._look_at_key_for(self._engine)
+
+    def _look_at_key_for(self, engine: Engine) -> None:
+        """Have ``degraded`` say that the key for encrypted backups cannot be read, as long as that is so; blocks."""
+        problem = key_problem(self._settings)
+        if not problem:
+            engine.care_notes.pop("key", None)
+        elif engine.care_notes.get("key") != problem:
+            engine.care_notes["key"] = problem
+            self._log.warning("backup.key_missing", reason=problem)
+
     async def _tell_status(self) -> None:
         self._notifier.status(self._status_line())
 
@@ -476,6 +495,7 @@ class _Daemon:
             else:
                 changed, needs_restart = changes(self._settings, loaded.settings)
                 self._apply(reloaded(self._settings, loaded.settings))
+                await in_thread("backup key", self._look_at_key)
                 if changed or needs_restart or tell_always:
                     self._log.info("config.reloaded", changed=changed, needs_restart=needs_restart)
                 return {"changed": changed, "needs_restart": needs_restart}

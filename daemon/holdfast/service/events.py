@@ -99,6 +99,10 @@ EVENTS: dict[str, Event] = {
         "some of the readable mirror could not be written; it is tried again after the next flush",
         ("reason", "exception"),
     ),
+    "mirror.files_kept": Event(
+        "files of the readable mirror whose conversations are not here, and were not deleted here, were moved to backups/",
+        ("files", "kept_in"),
+    ),
     "mirror.resumed": Event("all of it could be written again"),
     "data.migrated": Event(
         "the data directory is of the present format now; the backup is of the old one",
@@ -169,13 +173,18 @@ EVENTS: dict[str, Event] = {
     "inbox.postponed": Event(
         "a file in the inbox cannot be taken or put away now; it is tried again", ("file", "reason")
     ),
-    "inbox.failed": Event("the inbox or the snapshot files could not be looked at", ("reason", "exception")),
+    "inbox.failed": Event(
+        "the inbox, a file in it, or the snapshot files could not be looked at", ("reason", "exception")
+    ),
     "inbox.watch_degraded": Event(
         "the system refused to watch the inbox; it is looked at twice a second all the same", ("reason", "poll_s")
     ),
     "backup.completed": Event(
         "a backup was made; *notes* say what could not be had, and so is not in it",
         ("backup", "reason", "seq", "bytes", "new_bytes", "notes", "duration_ms"),
+    ),
+    "backup.key_missing": Event(
+        "the key of backups.identity_file cannot be read now; it is looked for again every minute", ("reason",)
     ),
     "backup.failed": Event("no backup could be made; it is tried again", ("reason", "error")),
     "backup.proved": Event("everything was loaded from a backup", ("backup", "duration_ms")),

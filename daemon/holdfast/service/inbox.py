@@ -10,7 +10,7 @@ import structlog
 from holdfast.care.edited import EditedFiles
 from holdfast.care.inbox import INBOX, Inbox
 from holdfast.engine import Engine
-from holdfast.errors import HoldfastError, StorageFull, Unavailable
+from holdfast.errors import StorageFull, Unavailable
 from holdfast.service.supervisor import reason_of, unexpected
 from holdfast.service.threads import in_thread
 from holdfast.service.watch import POLL_S, DirectoryWatch
@@ -89,7 +89,7 @@ class InboxService:
             await in_thread("inbox", look)
         except (StorageFull, Unavailable):
             return self._is_over()  # told where it happened
-        except (HoldfastError, OSError) as error:
+        except Exception as error:  # a fault of ours must neither keep the daemon from starting nor end this for good
             self._log.error("inbox.failed", reason=reason_of(error), exc_info=unexpected(error))
             return False
         return True

@@ -25,7 +25,11 @@ FREE_TEXT = frozenset({"reason", "error", "message", "exception"})
 """Allowed fields whose text was put together elsewhere: phones and tokens inside are masked."""
 
 # A seq and a size are numbers, too; they are named as such in our texts. The file names of journal segments have 20 digits.
-_PHONE = re.compile(r"\+\d[\d ().-]{6,20}\d|(?<!\d)(?<!seq )\d{8,15}(?!\d)(?! bytes)")
+# So is a span of time, which libraries write as 1.234567499s; a fraction without a unit may be 57.3001234567.
+_PHONE = re.compile(
+    r"\+\d[\d ().-]{6,20}\d"
+    r"|(?<!\d)(?<!seq )(?!(?<=\d\.)\d+(?:s| seconds)\b)\d{8,15}(?!\d)(?! bytes)(?![mµun]s\b)"
+)
 _TOKEN = re.compile(r"hf_[\w-]{8,}")
 
 

@@ -9,7 +9,7 @@ import msgspec
 import structlog
 
 from holdfast.care.moments import Target
-from holdfast.care.restore import RestoreReport, RestoreState, Restoring
+from holdfast.care.restore import RestoreReport, RestoreState, Restoring, naming_room
 from holdfast.care.restore_plan import RestorePlan
 from holdfast.care.seal import AgeSeal
 from holdfast.disk.files import DirectoryLock
@@ -59,15 +59,16 @@ class Restores:
             engine.settings, target, planned, seal, log=self._log, progress=self._note_progress, is_busy=is_busy
         )
         self.state = RestoreState(state="preparing", backup=planned.backup, at=planned.at)
-        self._task = asyncio.create_task(self._prepare(engine, self._restoring))
+        self._task = asyncio.create_task(self._prepare(engine, target, self._restoring))
         return self.state
 
-    async def _prepare(self, engine: Engine, restoring: Restoring) -> None:
+    async def _prepare(self, engine: Engine, target: Target, restoring: Restoring) -> None:
         def work() -> tuple[str, int]:
             restoring.prepare()
             try:
                 self._note_progress("backing up the present")
-                saved = engine.backup("restore")
+                with naming_room(target, engine.settings.data_dir):
+                    saved = engine.backup("restore")
             except BaseException as error:
                 restoring.give_up(error)
                 raise

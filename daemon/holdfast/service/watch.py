@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,12 @@ POLL_S = 0.5
 
 CHECK_S = 0.5
 """Between two looks of our own, which notice what no event tells: a directory made anew, a link pointed elsewhere."""
+
+_WATCHDOG_STOPS = "InotifyEmitter.queue_events() called when the thread is inactive"
+"""Watchdog logs it as an error when an event comes in the moment in which it is stopped; nobody waits for that event."""
+
+# With its own logger, which alone says it: what else it has to say is told.
+logging.getLogger("watchdog.observers.inotify").addFilter(lambda entry: entry.msg != _WATCHDOG_STOPS)
 
 Signature = tuple[tuple[int, ...] | None, ...]
 

@@ -9,7 +9,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from holdfast.care.backup_set import BACKUPS, BackupSet, list_sets
+from holdfast.archive.place import ARCHIVE
+from holdfast.care.backup_set import BackupSet, list_sets
+from holdfast.care.checks.messages import look_at_messages
 from holdfast.care.checks.run import PAUSE_RECORDS, Verification, many
 from holdfast.care.findings import (
     Finding,
@@ -17,7 +19,8 @@ from holdfast.care.findings import (
     an_error,
     readable_size,
 )
-from holdfast.care.history import History, HistoryGap
+from holdfast.care.history import History, HistoryGap, Part, holes_of, newest_segment
+from holdfast.care.moments import restored_seqs
 from holdfast.care.prove import prove
 from holdfast.care.prover import Unproved, prove_apart
 from holdfast.clock import format_ms
@@ -25,36 +28,58 @@ from holdfast.errors import StorageFull
 
 
 def look_at_history(run: Verification) -> Iterator[Finding]:
-    """The events that moments are restored from."""
+    """The events that moments are restored from: none may be missing; with ``deep`` each is read."""
     history = History(run.path, run.seal)
+    # What the journal goes on from, and what the snapshots hold, were events as well; looked at first, since there come more.
+    present = run.manifests().present
+    last_seq = max(newest_segment(run.path) - 1, present.snapshot_seq if present is not None else 0)
     try:
-        parts = [part for part in history.parts() if part.place.parent.parent.name == BACKUPS]
+        parts = history.parts()
     except OSError as error:
         yield an_error("history", "a directory that can be read", str(error.strerror or error), "check the disk")
         return
-    if not parts:
+    packed = [part for part in parts if part.is_packed]
+    if not packed:
         yield Finding(severity="ok", part="history", found="none yet")
         return
-    if run.deep:
+    restored = restored_seqs(run.path)
+    holes = []
+    if run.settings.backups.pitr:
+        holes = holes_of([part for part in parts if part.last_seq >= packed[0].first_seq], last_seq, restored)
+    if run.deep and not holes:
         run.progress("reading the history")
+        holes = _unreadable(run, history, packed, restored)
+    for first, last in holes:
+        yield a_warning(
+            "history",
+            "every event of the days that backups.pitr names",
+            f"events {first} to {last} are in no part of the history that can be read",
+            "take a backup (`holdfast backup`), from which on every moment can be restored; this is told until what lies before them is "
+            "older than backups.pitr",
+        )
+    if not holes:
+        size = sum(part.place.stat().st_size for part in packed)
+        yield Finding(
+            severity="ok",
+            part="history",
+            found=f"events {packed[0].first_seq} to {packed[-1].last_seq} in {readable_size(size)}, "
+            f"from {format_ms(packed[0].first_at)} on",
+        )
+
+
+def _unreadable(run: Verification, history: History, packed: list[Part], restored: set[int]) -> list[tuple[int, int]]:
+    """The first hole that shows only when every event of *packed* is read."""
+    position, last_seq = packed[0].first_seq - 1, packed[-1].last_seq
+    # No event has the number of a restored state, so that the reading goes on behind it.
+    for end in [*(seq - 1 for seq in sorted(restored) if position < seq <= last_seq), last_seq]:
         try:
-            for line in history.lines(parts[0].first_seq - 1, parts[-1].last_seq):
+            for line in history.lines(position, end):
                 if line.seq % PAUSE_RECORDS == 0:
                     run.pause()
         except HistoryGap as error:
-            yield a_warning(
-                "history",
-                "every event of the days that backups.pitr names",
-                str(error),
-                "nothing: moments before that cannot be restored any more; take a backup",
-            )
-            return
-    size = sum(part.place.stat().st_size for part in parts)
-    yield Finding(
-        severity="ok",
-        part="history",
-        found=f"events {parts[0].first_seq} to {parts[-1].last_seq} in {readable_size(size)}, from {format_ms(parts[0].first_at)} on",
-    )
+            return [(error.first, error.last)]
+        position = end + 1
+    return []
 
 
 def look_at_backups(run: Verification) -> Iterator[Finding]:
@@ -81,13 +106,16 @@ def look_at_backups(run: Verification) -> Iterator[Finding]:
     proved = sum(found.is_proved for found in sound)
     if not proved:
         yield a_warning("backups", "a backup that was proved", "none", "run `holdfast backup`")
-    if not problems:
+    if sound and not problems:
         yield Finding(
             severity="ok",
             part="backups",
             found=f"{many(len(sound), 'set')}, {proved} of them proved, the newest {sound[0].name} at event "
             f"{sound[0].manifest.seq if sound[0].manifest else 0}",
         )
+    newest = next((one for one in sound if one.is_proved and one.manifest and ARCHIVE in one.manifest.files), None)
+    if run.deep and newest is not None:
+        yield from look_at_messages(run, newest)
 
 
 def _set_problems(run: Verification, found: BackupSet, known: dict[tuple[int, int], str]) -> Iterator[Finding]:
