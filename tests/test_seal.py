@@ -11,10 +11,13 @@ from pathlib import Path
 import pyrage
 import pytest
 
+from holdfast.care.backup_set import list_sets
 from holdfast.care.packing import Unreadable, pack, seal_for, unpack
 from holdfast.care.seal import AgeSeal, seal_of, writing_seal
 from holdfast.errors import SettingsError
+from holdfast.ops import SessionPut
 from holdfast.settings import Settings, chosen, load
+from tests.engine_harness import do, running
 
 CONTENT = b'{"recipientPhone":"573001234567"},\n' * 20_000
 
@@ -268,3 +271,19 @@ def test_a_key_of_ssh_serves_as_well(tmp_path: Path) -> None:
     packed = b"".join(pack([CONTENT], seal_of(settings(recipients=[recipient]))))
 
     assert b"".join(unpack([packed], seal_of(Settings(), identity=key))) == CONTENT
+
+
+def test_a_backup_is_made_while_its_key_is_away(keys: Keys, tmp_path: Path) -> None:
+    """Whoever encrypts needs the recipients only; that it was not proved is told, and the key proves it later."""
+    away = tmp_path / "mounted-later.txt"
+    sealed = {"recipients": (keys.recipient,), "identity_file": str(away)}
+    with running(tmp_path / "data", backups=sealed) as engine:
+        do(engine, SessionPut(id="57300", value={"currentState": "catalog"}))
+        made = engine.backup("api")
+        told = list(engine.degraded)
+        keys.path.rename(away)
+        proof = engine.backups.prove(list_sets(tmp_path / "data")[0])
+
+    assert made.proved is None and str(away) in made.problem
+    assert any(str(away) in reason for reason in told)
+    assert proof is not None and proof.ok and proof.counts["sessions"] == 1

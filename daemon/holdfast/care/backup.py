@@ -36,7 +36,7 @@ from holdfast.care.packer import Wanted, add_files
 from holdfast.care.packing import Seal
 from holdfast.care.prover import Unproved, prove_apart
 from holdfast.care.rotation import at_of, is_good, stale, was_fetched_lately
-from holdfast.care.seal import seal_of, writing_seal
+from holdfast.care.seal import seal_to_write
 from holdfast.care.set_parts import (
     MESSAGES,
     Made,
@@ -467,7 +467,7 @@ class Backups:
         )
 
     def _seal(self) -> Seal | None:
-        return writing_seal(seal_of(self._source.settings()))
+        return seal_to_write(self._source.settings())
 
     def _new_name(self) -> str:
         return new_name(self._source.data_dir, self._clock.now_ms())

@@ -20,7 +20,7 @@ from holdfast.care.history import History
 from holdfast.care.history_follower import history_of
 from holdfast.care.prover import Unproved, prove_apart
 from holdfast.care.rotation import at_of
-from holdfast.care.seal import seal_of, writing_seal
+from holdfast.care.seal import seal_to_write
 from holdfast.care.set_parts import (
     Made,
     add_found,
@@ -149,7 +149,7 @@ def _write_stopped(
     with Directory(settings.data_dir) as data, data.subdirectory(BACKUPS) as backups:
         remove_half_made(backups)
         name = new_name(settings.data_dir, clock.now_ms())
-        seal = writing_seal(seal_of(settings))
+        seal = seal_to_write(settings)
         writer = SetWriter(backups, name, newest_good(settings.data_dir), seal, is_busy)
         try:
             progress("compressing the snapshots")

@@ -84,10 +84,10 @@ def main() -> None:
     """The child: a question on standard input, the answer on standard output."""
     step_back()
     question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
-    from holdfast.care.seal import seal_of, writing_seal  # here, since the parent has its own
+    from holdfast.care.seal import seal_to_write  # here, since the parent has its own
 
     try:
-        seal = writing_seal(seal_of(settings_from(question.settings)))
+        seal = seal_to_write(settings_from(question.settings))
         earlier = read_set(Path(question.earlier)) if question.earlier else None
         # Others may wait for the disk at any time, and from here nobody sees whether they do.
         staging = Directory(Path(question.staging))

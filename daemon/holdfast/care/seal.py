@@ -96,15 +96,18 @@ def seal_of(settings: Settings, identity: Path | None = None, recipients: Sequen
     return AgeSeal([one for name in named for one in _recipients(name)], [] if file is None else _identities(file))
 
 
-def check_recipients(settings: Settings) -> None:
-    """Look whether backups can be encrypted as *settings* say, before the first one is made.
+def seal_to_write(settings: Settings, recipients: Sequence[str] = ()) -> AgeSeal | None:
+    """The seal for what is written from now on; the key that opens it is not asked for, and may be away. None without
+    recipients.
+
+    Args:
+        recipients: as of ``seal_of``.
 
     Raises:
         SettingsError: as ``seal_of``, for a recipient.
     """
-    for name in settings.backups.recipients:
-        for _ in _recipients(name):
-            pass
+    named = tuple(recipients) or settings.backups.recipients
+    return AgeSeal([one for name in named for one in _recipients(name)], []) if named else None
 
 
 def key_problem(settings: Settings) -> str:

@@ -66,9 +66,9 @@ def _checked(loaded: LoadedSettings) -> LoadedSettings:
         SettingsError: ``backups.recipients`` names nobody to encrypt for.
     """
     if loaded.settings.backups.recipients:
-        from holdfast.care.seal import check_recipients  # here, since few encrypt
+        from holdfast.care.seal import seal_to_write  # here, since few encrypt
 
-        check_recipients(loaded.settings)
+        seal_to_write(loaded.settings)
     return loaded
 
 

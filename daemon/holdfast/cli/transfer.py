@@ -30,7 +30,7 @@ from holdfast.care.export import (
 from holdfast.care.given import ARCHIVE_BYTES_MAX, READ_BYTES, Given, open_path
 from holdfast.care.merge import MergeCounts, MergeReport, merge
 from holdfast.care.packing import PACKED, SEALED, Seal, pack, unpack
-from holdfast.care.seal import seal_of, writing_seal
+from holdfast.care.seal import seal_of, seal_to_write
 from holdfast.cli.arguments import AGE, SINCE, TEXT, where_option
 from holdfast.cli.changing import confirm
 from holdfast.cli.connection import WORK_TIMEOUT_S, Daemon, daemon_options, settings_of
@@ -113,7 +113,7 @@ def export(
         raise SettingsError(f"{target} is there already; name a new directory, or a file FILE{ARCHIVE}")
     if recipients and not target.name.endswith(ARCHIVE + SEALED):
         raise SettingsError(f"expected a file that ends in {ARCHIVE}{SEALED} to encrypt, found {target.name}")
-    sealing = writing_seal(seal_of(Settings(), recipients=recipients)) if recipients else None
+    sealing = seal_to_write(Settings(), recipients)
     if not target.absolute().parent.is_dir():
         raise SettingsError(f"no directory {target.absolute().parent}; make it first")
     if not is_archive and target.suffix in (PACKED, SEALED, ".tar", ".zip", ".gz"):
@@ -165,7 +165,7 @@ def _exported(
                 is_redacted=redact,
                 **moments,
             )
-            seal = sealing or writing_seal(seal_of(engine.settings))
+            seal = sealing or seal_to_write(engine.settings)
             with Progress("exporting", lambda: None) as progress:
                 yield _told(export_chunks(engine, wanted, seal), progress), engine.settings
             return

@@ -16,7 +16,7 @@ from msgspec import Meta
 from holdfast.care import merge, tar
 from holdfast.care.export import Selection, export_chunks
 from holdfast.care.given import open_archive
-from holdfast.care.seal import seal_of, writing_seal
+from holdfast.care.seal import seal_of, seal_to_write
 from holdfast.disk.files import FULL_ERRNOS
 from holdfast.errors import (
     BadRequest,
@@ -97,7 +97,7 @@ async def export(backend: Backend, request: Request) -> Reply:
         where=tuple((field, value) for field, _, value in pairs),
         is_redacted=bool(flag(single, "redact")),
     )
-    seal = writing_seal(seal_of(backend.settings))
+    seal = seal_to_write(backend.settings)
     if not _gate.acquire(blocking=False):
         raise Unavailable(f"{EXPORTS_MAX} exports are being read already; try again when one of them has ended")
     source = _ExportSource(export_chunks(backend.engine, wanted, seal))
