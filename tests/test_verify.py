@@ -133,6 +133,15 @@ def test_an_empty_directory_is_in_order(tmp_path: Path) -> None:
     assert not looked(tmp_path).wrong
 
 
+def test_all_that_stands_beside_backups_is_known(tmp_path: Path) -> None:
+    """What we have written there ourselves is not called somebody else's."""
+    with running(tmp_path / "data") as engine:
+        do(engine, SessionPut(id="57300", value={"currentState": "catalog"}))
+        engine.backup("api")
+
+    assert not [one for one in looked(tmp_path / "data").findings if "not ours" in one.found]
+
+
 def test_a_directory_in_use_is_not_looked_at_from_outside(tmp_path: Path) -> None:
     """Half a flush would look like damage, so whoever has it open must be asked."""
     with running(tmp_path / "data"), pytest.raises(DirectoryLocked, match=str(os.getpid())):

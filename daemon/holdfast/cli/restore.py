@@ -457,7 +457,10 @@ def _tell_report(plan: Plan, raw: dict[str, Any], *, as_json: bool) -> int:
 
 
 def _show_proof(proof: Proved) -> None:
-    counts = ", ".join(f"{count:,} {name}" for name, count in proof.counts.items() if count)
+    # Each collection has the name of many.
+    counts = ", ".join(
+        f"{count:,} {name.removesuffix('s') if count == 1 else name}" for name, count in proof.counts.items() if count
+    )
     click.echo(f"proved: {proof.files} files with the right checksums, {counts or 'no records'}")
 
 

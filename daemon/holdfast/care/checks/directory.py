@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 
 from holdfast.archive.place import ARCHIVE, COMPACTED, REBUILT
-from holdfast.care.backup_set import BACKUPS, SET_NAME
+from holdfast.care.backup_set import BACKUPS, LINEAGE_FILE, SET_NAME
 from holdfast.care.checks.run import Verification, many
 from holdfast.care.findings import (
     CHMOD,
@@ -77,7 +77,7 @@ FILES = frozenset(
 )
 """Likewise files, beside those of custom collections."""
 
-_KEPT_FILES = ("start-", "edited-", "imported-", "restores.json", "copied_to.json")
+_KEPT_FILES = ("start-", "edited-", "imported-", "restores.json", "copied_to.json", LINEAGE_FILE)
 
 _KEPT_FROM_OTHERS = tuple(
     os.path.join(*parts)
