@@ -1144,3 +1144,14 @@ def test_a_clock_that_jumps_ahead_takes_no_moment_away(tmp_path: Path) -> None:
         engine.backups.take("api")
 
         assert list_sets(tmp_path / "data")[-1].name == base
+
+
+def test_a_stopped_directory_with_a_mirror_is_backed_up_and_proved(tmp_path: Path) -> None:
+    """How far the mirror is belongs to the directory, and to no backup."""
+    with running(tmp_path / "data", mirror=True) as engine:
+        do(engine, MessageAppend(id="c", role="user", content="Hola"))
+        engine.flush("api")
+    found = taken_stopped(tmp_path / "data")
+
+    assert found.manifest is not None and "_mirror.json" not in found.manifest.files
+    assert proof_of(found, tmp_path).ok

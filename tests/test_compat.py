@@ -23,7 +23,8 @@ import werkzeug.serving
 
 import holdfast
 from holdfast.compat import chatbot_storage as storage
-from tests.crash.harness import ROOT, clean_environ, mounted, needs_root
+from tests.cli_harness import environment
+from tests.crash.harness import ROOT, clean_environ, mounted, needs_root, serving
 from tests.flask_app import app
 from tests.library_forms import daemon_in_thread
 from tests.test_old_conversations import LINES, ODD, left, old_conversation, old_escalation
@@ -889,6 +890,85 @@ def run_bot(data: Path, *words: str) -> subprocess.CompletedProcess[str]:
         timeout=60,
         check=False,
     )
+
+
+def test_two_processes_never_mix_their_lists(tmp_path: Path) -> None:
+    """Each remembers what it saved last; what the other has made of the conversation since is noticed, also a new beginning."""
+    with serving(tmp_path / "data"), contextlib.ExitStack() as opened:
+        bots = [opened.enter_context(_other_bot(tmp_path / "data")) for _ in range(2)]
+        storage.configure(tmp_path / "data")
+        for turn, texts in enumerate(
+            (["a1", "a2"], ["b1", "b2", "b3"], ["a2", "a3"], ["b1"], ["a2", "a3", "a4"], ["b1", "b2"])
+        ):
+            bot = bots[turn % 2]
+            assert bot.stdin is not None and bot.stdout is not None
+            bot.stdin.write(json.dumps([{"role": "user", "content": text} for text in texts]) + "\n")
+            bot.stdin.flush()
+            assert bot.stdout.readline() == "saved\n"
+            found = storage.load_conversation("c")
+            assert found is not None and [message["content"] for message in found["messages"]] == texts
+        storage.configure(None)
+
+
+@contextlib.contextmanager
+def _other_bot(data: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that saves each list that it is given."""
+    program = (
+        "import json, sys\n"
+        "from holdfast.compat import chatbot_storage as storage\n"
+        "storage.configure(sys.argv[1])\n"
+        "for line in sys.stdin:\n"
+        "    storage.save_conversation('c', json.loads(line))\n"
+        "    print('saved', flush=True)\n"
+    )
+    bot = subprocess.Popen(
+        [sys.executable, "-c", program, str(data)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    try:
+        yield bot
+    finally:
+        assert bot.stdin is not None and bot.stdout is not None
+        bot.stdin.close()
+        bot.wait(20)
+        bot.stdout.close()
+
+
+def test_a_list_that_follows_after_all_was_let_go_is_saved_whole(hf: Any) -> None:
+    """Nothing of it is taken for what retention has deleted."""
+    from holdfast.ops import MessageExpire
+
+    storage.save_conversation("c", [{"role": "user", "content": f"old {number}"} for number in range(5)])
+    hf.engine.submit(MessageExpire(id="c", before_ms=2**45, up_to=5, messages=5, system=0, tokens=0)).wait()
+    assert storage.load_conversation("c")["messages"] == []  # type: ignore[index]
+
+    new = [{"role": "user", "content": f"new {number}"} for number in range(7)]
+    storage.save_conversation("c", new)
+
+    found = storage.load_conversation("c")
+    assert found is not None and [message["content"] for message in found["messages"]] == [
+        one["content"] for one in new
+    ]
+
+
+def test_a_conversation_that_is_saved_while_it_is_read_is_one_list(hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never the beginning of one save before the messages of another."""
+    storage.save_conversation("c", [*prompt(1), *talk(3)])
+    storage.save_conversation("c", [*prompt(2), *talk(4)])
+    read, others = storage._shown_messages, [[{"role": "user", "content": f"m{number}"} for number in range(50, 53)]]
+
+    def meanwhile(*arguments: Any) -> Any:
+        if others:
+            storage.save_conversation("c", others.pop())
+        return read(*arguments)
+
+    monkeypatch.setattr(storage, "_shown_messages", meanwhile)
+    found = storage.load_conversation("c")
+
+    assert found is not None and [message["content"] for message in found["messages"]] == ["m50", "m51", "m52"]
 
 
 def test_a_process_that_ends_leaves_everything(data: Path) -> None:

@@ -28,7 +28,7 @@ from holdfast.ops import (
     MessageExpire,
     SessionPut,
 )
-from tests.engine_harness import NOW_MS, HandClock, Log, do, do_together, running, value_of
+from tests.engine_harness import NOW_MS, HandClock, Log, do, do_together, opened, running, value_of
 
 HOSTILE = ["../x", "a/b", "..", ".", ".tmp", "%2e%2e", "a b", "ñ" * 150, "価" * 256, "x" * 256, "c~1", "-rf", "a\\b|c"]
 
@@ -666,3 +666,25 @@ def test_a_conversation_that_begins_anew_replaces_only_what_was_deleted(is_lost:
     assert contents(tmp_path) == {"a": ["two"]}
     kept = [json.loads(path.read_text()) for path in tmp_path.glob("backups/edited-*/a.json")]
     assert [[one["content"] for one in shown["messages"]] for shown in kept] == ([["one"]] if is_lost else [])
+
+
+def test_a_start_that_is_killed_before_it_takes_a_mirror_over_does_so_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the mirror is to be taken over is noted before anything else is begun."""
+    with running(tmp_path / "one", mirror=True) as engine:
+        do(engine, MessageAppend(id="c", role="user", content="Hola"))
+        engine.flush("api")
+    (tmp_path / "two").mkdir(mode=0o700)
+    shutil.copytree(tmp_path / "one" / "conversations", tmp_path / "two" / "conversations")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("holdfast.recovery.import_old_files", killed)
+        with pytest.raises(KeyboardInterrupt):
+            opened(tmp_path / "two", mirror=True)
+
+    with running(tmp_path / "two", mirror=True) as engine:
+        assert engine.count("conversations") == 1

@@ -483,3 +483,22 @@ def test_of_two_files_the_newer_one_counts(named: str, tmp_path: Path) -> None:
     ]
     assert sorted(kept, key=str) == sorted([older, older, broken], key=str)
     assert names_in(tmp_path, "conversations/*") == []
+
+
+@pytest.mark.parametrize("said_since", [1, 2, 5])
+def test_an_old_file_of_a_conversation_that_went_another_way_is_kept_aside(tmp_path: Path, said_since: int) -> None:
+    """However many messages each has: it is not taken for one that was taken before."""
+    data_dir = tmp_path / "data"
+    with running(data_dir) as engine:
+        for number in range(said_since):
+            do(engine, MessageAppend(id="c", role="user", content=f"new {number}"))
+    (data_dir / "conversations").mkdir(mode=0o700)
+    old = {"id": "c", "messages": [{"role": "user", "content": f"old {number}"} for number in range(2)]}
+    (data_dir / "conversations" / "c.json").write_text(json.dumps(old))
+
+    log = Log()
+    with running(data_dir, log=log) as engine:
+        assert orjson.loads(engine.get("conversations", "c").value)["last_number"] == said_since  # type: ignore[union-attr]
+
+    assert log.named("conversation.import_failed")
+    assert any(path.name.endswith("conversations-c.json") for path in (data_dir / "quarantine").iterdir())

@@ -32,7 +32,7 @@ from holdfast.care.export import (
     encode_export_manifest,
     export_chunks,
 )
-from holdfast.care.given import Part, Unfinished, open_archive, open_path, records_of
+from holdfast.care.given import Part, Unfinished, Wrong, open_archive, open_path, records_of
 from holdfast.care.merge import MergeReport, merge
 from holdfast.care.packing import pack, unpack
 from holdfast.care.seal import seal_of
@@ -516,6 +516,10 @@ def test_every_cut_of_a_file_leaves_its_whole_records(tmp_path: Path, indent: in
         found = list(records_of(part._replace(open=lambda cut=cut: BytesIO(text[:cut].encode())), salvages=True))
 
         assert [one for one in found if isinstance(one, dict)] == notes[: sum(end <= cut for end in ends)]
+        # Not in silence, also where nothing but the end of the array is missing; and without being asked nothing is taken.
+        assert any(isinstance(one, Wrong) for one in found)
+        with pytest.raises(Unfinished):
+            list(records_of(part._replace(open=lambda cut=cut: BytesIO(text[:cut].encode())), salvages=False))
     with pytest.raises(Unfinished, match="record 1"):
         list(records_of(part._replace(open=lambda: BytesIO(text[: ends[0] - 1].encode())), salvages=True))
 

@@ -45,7 +45,8 @@ class Clock:
         self._last_ms = max(self._last_ms, ms)
 
 
-_MIDNIGHT = re.compile(r"(.+)T24(?::?00){0,2}(?:[.,]0+)?(Z|[+-][0-9:]+|)")
+_DATE_CHARS = len("20261121")
+_MIDNIGHT = re.compile(r"(.+)[T ]24(?::?00){0,2}(?:[.,]0+)?(Z|[+-][0-9:]+|)")
 _ORDINAL = re.compile(r"(\d{4})-?(\d{3})(T.+|)")
 
 # Consecutive events share their millisecond, and rendering a date costs ten times as much as the rest. One tuple,
@@ -70,6 +71,8 @@ def parse_ms(text: str, zone: tzinfo = UTC) -> int:
     Raises:
         ValueError: not a moment in ISO 8601.
     """
+    if len(text) > _DATE_CHARS and text.isdigit():
+        raise ValueError(f"a number: {text:.40}")  # which datetime would take for a date, a separator and a time
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -83,7 +86,10 @@ def _rarely_written(text: str) -> datetime:
     """What ISO 8601 and RFC 3339 permit, and ``datetime`` does not read; ValueError when it is that neither."""
     text = text.upper()
     if found := _MIDNIGHT.fullmatch(text):
-        return datetime.fromisoformat(f"{found[1]}T00:00:00{found[2]}") + timedelta(days=1)
+        try:
+            return datetime.fromisoformat(f"{found[1]}T00:00:00{found[2]}") + timedelta(days=1)
+        except OverflowError:
+            raise ValueError(f"beyond the year 9999: {text:.40}") from None
     if found := _ORDINAL.fullmatch(text):
         first = datetime.fromisoformat(f"{found[1]}-01-01{found[3]}")
         day = first + timedelta(days=int(found[2]) - 1)

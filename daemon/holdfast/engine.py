@@ -59,6 +59,7 @@ from holdfast.ops import (
     AnyOp,
     BackupReport,
     Batch,
+    ConversationDelete,
     Durability,
     FlushReport,
     MessageAppend,
@@ -531,8 +532,13 @@ class Engine:
         outcomes: list[Answer | HoldfastError] = []
         events: list[Event] = []
         in_flight = committer.in_flight()
+        # A conversation that is put anew in place of another goes on with its versions: who knows one of them, and asks for
+        # it, must not be given what somebody else has made of it since.
+        replaced: dict[str, int] = {}
         with state.all_or_nothing():
             for index, op in enumerate(ops):
+                if isinstance(op, ConversationDelete) and (line := state.conversations.get(op.id)) is not None:
+                    replaced[op.id] = record.header_of(line).v
                 try:
                     place = None if retry is None else (retry.client, index, retry.number)
                     decided = decide(state, op, self._rules, seq, now_ms, place, known.get(index, NOTHING_KNOWN))
@@ -541,6 +547,8 @@ class Engine:
                     error.index = index
                     raise
                 if isinstance(decided, Event):
+                    if decided.version == 1 and decided.op in ("conversation.put", "message.append"):
+                        decided.version += replaced.pop(decided.id, 0)
                     apply(state, decided, now_ms, undoable=undoable)
                     outcomes.append(answer_of(decided, seq))
                     decided.seq, decided.at = 0, ""

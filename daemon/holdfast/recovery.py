@@ -28,7 +28,7 @@ from holdfast.care.backup_set import noted_lineage
 from holdfast.care.backup_stopped import back_up_before_upgrade
 from holdfast.care.candidates import Backed, Candidate, kept_messages
 from holdfast.care.legacy import import_old_files, short_name
-from holdfast.care.mirror import forget_state, is_adopting
+from holdfast.care.mirror import begin_adopting, forget_state, has_mirror, is_adopting
 from holdfast.checksum import crc32
 from holdfast.clock import Clock, format_ms, parse_ms
 from holdfast.core.collection import Collection
@@ -260,6 +260,8 @@ class _Recovery:
             self._directory.write_atomic(MANIFEST, [encode_manifest(self._manifest)])
         self._keep_evidence()
         self._keep_replaced()
+        if self._is_new and has_mirror(self._directory):
+            begin_adopting(self._directory)
         journal = self._open_journal(journal_directory, history)
         self._lineage_now, self._last_seq = self._lineage(), self._state.seq
         manifest = msgspec.structs.replace(

@@ -13,7 +13,6 @@ from contextlib import ExitStack, suppress
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import msgspec
 import orjson
 
 from holdfast import record
@@ -36,10 +35,10 @@ from holdfast.care.rewind import SALES, collection_in, journal_of, replay, state
 from holdfast.care.seal import seal_of
 from holdfast.core.collection import Collection
 from holdfast.core.conversations import stored_message
-from holdfast.core.event import Event, StoredMessage, decode_event
+from holdfast.core.event import StoredMessage, decode_event
 from holdfast.core.rules import Rules, rules_of
 from holdfast.core.sales import Sales
-from holdfast.core.state import COMPLETED_ORDERS, CONVERSATIONS, ESCALATIONS, ORDERS, SESSIONS, USERS, State
+from holdfast.core.state import State
 from holdfast.disk.files import Directory
 from holdfast.disk.snapshot import MANIFEST, read_manifest, salvage
 from holdfast.errors import HoldfastError
@@ -52,22 +51,6 @@ NO_LATER_MS = 2**53
 
 SETS_MAX = 20
 """Backups that are looked into for one file; each is loaded."""
-
-
-_FILE_OF_OP = {
-    "session.put": SESSIONS,
-    "session.patch": SESSIONS,
-    "order.put": ORDERS,
-    "order.patch": ORDERS,
-    "order.complete": COMPLETED_ORDERS,
-    "order.cancel": COMPLETED_ORDERS,
-    "user.put": USERS,
-    "user.patch": USERS,
-    "message.append": CONVERSATIONS,
-    "conversation.put": CONVERSATIONS,
-    "escalation.open": ESCALATIONS,
-}
-"""In which collection the ops leave a record."""
 
 
 class Candidate(NamedTuple):
@@ -114,22 +97,10 @@ class Backed:
         return sorted(own_sets(self._data_dir), key=lambda found: not found.is_proved)[:SETS_MAX]
 
     def files_until(self, base_seq: int) -> set[str]:
-        """The snapshot files that events up to *base_seq* have put something into, as far as these are still somewhere."""
-        found: set[str] = set()
-        position = 0
-        while position < base_seq:
-            try:
-                for line in self.history.lines(position, base_seq):
-                    position = line.seq
-                    with suppress(HoldfastError, ValueError, msgspec.DecodeError):
-                        event = decode_event(line.payload)
-                        members = event.events or [] if event.op == "batch" else [event]
-                        found |= {_file_of(member) for member in members}
-            except HistoryGap as gap:
-                position = gap.last
-            except (HoldfastError, OSError):
-                break
-        return found - {""}
+        """The snapshot files into which the events up to *base_seq* have put something that is still there, as far as these
+        are still somewhere."""
+        state = self._from_events(base_seq)
+        return set() if state is None else {file_of(one.name) for one in state.collections.values() if one.count}
 
     def candidates(self, file: str, base_seq: int | None) -> Iterator[Candidate]:
         """What there is of *file*, which stood at *base_seq* (None when that is not known)."""
@@ -351,9 +322,3 @@ def _living(heads: Collection, id: str, messages: list[StoredMessage], seq: int)
         return []
     first = living_numbers(record.value_of(line)).start
     return [message for message in messages if message.number >= first]
-
-
-def _file_of(event: Event) -> str:
-    """The snapshot file into which *event* put something; empty when into none."""
-    name = event.collection if event.op in ("record.put", "record.patch") else _FILE_OF_OP.get(event.op, "")
-    return file_of(name) if name else ""

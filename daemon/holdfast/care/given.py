@@ -572,29 +572,31 @@ def _damaged(part: Part, raw: bytes, reason: str, salvages: bool) -> Iterator[di
         spans += _spans_behind(text, reached)
     if reached < len(text) and not (salvages and spans):
         raise Unfinished(f"{part.name}: {reason}, in record {first_damaged}")
-    number, position = 0, opening.end()
+    number, position, is_told = 0, opening.end(), reached == len(text)
     for start, end in [*spans, (len(text), len(text))]:
         number += 1
         if lost := text[position:start].strip(", \t\r\n]\0"):
             line = text.count("\n", 0, text.index(lost, position)) + 1
             yield Wrong(f"{part.name}, record {number} (line {line})", "not JSON, or cut short")
-            number += 1
+            number, is_told = number + 1, True
         if start < end:
             whole = text[start:end].encode("utf-8", "surrogateescape")
             yield _decoded(whole, f"{part.name}, record {number}", part)
         position = end
+    if not is_told:
+        yield Wrong(f"{part.name}, record {number}", "the file is cut short")
 
 
 def _values_from(text: str, at: int) -> tuple[list[tuple[int, int]], int]:
     """Where the values of a JSON array begin and end, from the one at *at* on, and where the first stands that is none; the
-    end of *text* when the array ends there as well."""
+    length of *text* when the array ends with it, and only then."""
     spans: list[tuple[int, int]] = []
     at = _after_blanks(text, at)
     while True:
         try:
             _, end = _SPLITTER.raw_decode(text, at)
         except (ValueError, RecursionError):
-            return spans, at
+            return spans, min(at, len(text) - 1)
         spans.append((at, end))
         at = _after_blanks(text, end)
         if text.startswith(",", at):
@@ -602,7 +604,7 @@ def _values_from(text: str, at: int) -> tuple[list[tuple[int, int]], int]:
         elif text.startswith("]", at) and _after_blanks(text, at + 1) == len(text):
             return spans, len(text)
         else:
-            return spans, at
+            return spans, min(at, len(text) - 1)
 
 
 def _spans_behind(text: str, damaged: int) -> list[tuple[int, int]]:

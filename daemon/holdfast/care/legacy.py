@@ -208,7 +208,7 @@ class _Import:
             begin_adopting(self._data)
         try:
             self._take_all()
-        except (StorageFull, Unavailable):
+        except (HoldfastError, OSError):
             # What is deleted until the next start must not come back with its file.
             with suppress(HoldfastError, OSError):
                 self._settle()
@@ -343,11 +343,12 @@ class _Import:
                 return [put, *self._mirrored_ops(id, old, created_at)], len(messages)
             return [put, *_appends(id, _made(messages, zone, created_at))], len(messages)
         count = orjson.loads(head.value)["last_number"]
+        last = min(len(messages), count)
+        if last and self._mark_of(id, last) not in (mark_of(messages[last - 1]), b""):
+            raise _Broken("a conversation with this id is there, with other messages; nothing of the file was taken")
         if len(messages) <= count:
             # Taken before, by a start that was broken off before the file was moved.
             return [], 0
-        if count and self._newest_mark(id) != mark_of(messages[count - 1]):
-            raise _Broken("a conversation with this id is there, with other messages; nothing of the file was taken")
         return _appends(id, _made(messages[count:], zone, updated_at)), len(messages) - count
 
     def _mirrored_ops(self, id: str, old: _OldFile, created_at: str) -> list[AnyOp]:
@@ -364,9 +365,10 @@ class _Import:
             ops.append(ConversationHold(id=id, reason=beside.hold_reason))
         return ops
 
-    def _newest_mark(self, id: str) -> bytes:
-        newest = self._engine.transcripts.messages(id, limit=1).items
-        return mark_of(old_message(orjson.loads(newest[-1].value))) if newest else b""
+    def _mark_of(self, id: str, number: int) -> bytes:
+        """The mark of the message *number*; empty when it was let go."""
+        found = self._engine.transcripts.messages(id, limit=1, before=number + 1).items
+        return mark_of(old_message(orjson.loads(found[-1].value))) if found and found[-1].id == str(number) else b""
 
     def _take_escalations(self, id: str, files: list[_OldFile]) -> None:
         zone = self._rules.zone

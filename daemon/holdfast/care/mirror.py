@@ -27,7 +27,7 @@ import orjson
 
 from holdfast.care.old_layout import KEPT, message_of, moment, old_escalation, old_message, own_fields
 from holdfast.core.backlog import Backlog
-from holdfast.core.conversations import AUTHORS
+from holdfast.core.conversations import AUTHORS, text_or_empty
 from holdfast.core.state import CONVERSATIONS, ESCALATIONS
 from holdfast.disk.files import Directory
 from holdfast.errors import HoldfastError, NotFound
@@ -553,10 +553,12 @@ def messages_shown(content: dict[str, Any], zone: tzinfo, created_at: str | None
     seen: set[tuple[str, str]] = set()
     made: list[tuple[int | None, Message]] = []
     for index, old in enumerate(messages):
-        external = (str(old.get("channel")), str(old.get("external_id"))) if isinstance(old, dict) else None
-        # A second one with the same would be taken for the first.
-        message = message_of(old, zone, created_at, has_external_id=external not in seen)
-        if external is not None and "external_id" in old:
+        said_ids = [old.get("channel"), old.get("external_id")] if isinstance(old, dict) else []
+        external = (text_or_empty(said_ids[0]), text_or_empty(said_ids[1])) if said_ids else ("", "")
+        # One that an old bot gave may be none of ours; a second one with the same would be taken for the first.
+        ours = external not in seen and all(len(one) <= 256 and one.isprintable() for one in external)
+        message = message_of(old, zone, created_at, has_external_id=ours)
+        if external[1]:
             seen.add(external)
         number: int | None = None
         if beside is not None and is_told:
@@ -652,3 +654,14 @@ def _dumps(value: Any) -> bytes:
         return orjson.dumps(value)
     except TypeError:  # an old bot's integer beyond 64 bits, or half a pair of surrogates
         return json.dumps(value).encode()
+
+
+def has_mirror(data: Directory) -> bool:
+    """Whether a readable mirror lies in *data*."""
+    for place in (CONVERSATIONS_PLACE, ESCALATIONS_PLACE):
+        found = data.stat(place)
+        if found is not None and stat.S_ISDIR(found.st_mode):
+            with data.subdirectory(place) as directory:
+                if any(name.endswith(".json") and is_mirror_file(directory, name) for name in directory.names()):
+                    return True
+    return False

@@ -42,7 +42,7 @@ DAYS, MESSAGES = "days", "messages"
 
 _LINES_AT_ONCE = 500
 _COLLECTION_IN = {file: name for name, file in FILE_OF.items()}
-_NOT_SNAPSHOTS = frozenset({MANIFEST, MANIFEST_NEXT, TOKENS_FILE, "restore.json"})
+_NOT_SNAPSHOTS = frozenset({MANIFEST, MANIFEST_NEXT, TOKENS_FILE, "restore.json", "_mirror.json"})
 
 
 class Made(NamedTuple):

@@ -123,6 +123,9 @@ APPEND_AT_ONCE = 1_000
 REMEMBERED_MAX = 10_000
 """Conversations of which it is remembered how they end; of others that is read before the first save."""
 
+LOAD_TRIES = 50
+"""Of a conversation that others save all the time, before what was read last is good enough."""
+
 READ_AT_ONCE = 1_000
 """Messages of one page."""
 
@@ -338,10 +341,19 @@ def load_conversation(conversation_id: str) -> dict[str, Any] | None:
     head = holdfast.conversations.head(id) if _is_id(id) else None
     if head is None:
         return None
-    try:
-        return _conversation(head, _shown_messages(holdfast, head))
-    except NotFound:  # removed meanwhile
-        return None
+    for _ in range(LOAD_TRIES):
+        try:
+            messages = _shown_messages(holdfast, head)
+        except NotFound:  # removed meanwhile
+            return None
+        now = holdfast.conversations.head(id)
+        if now is None:
+            return None
+        if now == head:
+            break
+        # Saved meanwhile, perhaps with another beginning: one without the other was never a list.
+        head = now
+    return _conversation(head, messages)
 
 
 @_with_errors_of_files
@@ -706,7 +718,8 @@ class _Save:
                     escalation["priority"],
                     opened_at=escalation["opened_at"],
                 )
-        return self._remembered(1 + len(chunks) + is_open)
+        # The versions go on where they were.
+        return self._remembered(record.version + 1 + len(chunks) + is_open)
 
     def _kept_messages(self) -> list[Message]:
         """The list, each message that is stored as it is stored."""

@@ -148,8 +148,8 @@ class Known(NamedTuple):
         # A bot that still holds what was let go since has that before them.
         starts = {lead, lead + max(0, self.let_go - self.after), max(lead, self.let_go)}
         if not self.rest:
-            start = max((start for start in starts if start <= count), default=None)
-            return None if start is None else (start, start)
+            # Nothing is left to tell by what the bot still holds: rather something twice than something lost.
+            return lead, lead
         for start in sorted(starts):
             end = start + self.rest
             if (

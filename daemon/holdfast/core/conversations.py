@@ -437,10 +437,11 @@ def _external(message: Message | MessageAppend) -> tuple[str, str]:
     channel = message.channel if message.channel is not None else metadata.get("channel")
     external_id = message.external_id if message.external_id is not None else metadata.get("external_id")
     # Telegram's are numbers.
-    return _text_or_empty(channel), _text_or_empty(external_id)
+    return text_or_empty(channel), text_or_empty(external_id)
 
 
-def _text_or_empty(value: Any) -> str:
+def text_or_empty(value: Any) -> str:
+    """A channel or external id as it is compared; empty when *value* is none."""
     if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64:
         return str(value)
     # What else stands there in the metadata names no message; whether it can be kept is judged with all of it.
@@ -452,7 +453,7 @@ def _check_external(message: Message | MessageAppend, channel: str, external_id:
         if len(text) > rules.id_chars_max or not text.isprintable():
             raise InvalidRecord(f"{name} must be printable text of at most {rules.id_chars_max} characters")
         given = (message.metadata or {}).get(name)
-        if given is not None and _text_or_empty(given) != text:
+        if given is not None and text_or_empty(given) != text:
             raise InvalidRecord(f"{name} is {text!r:.80}, but metadata says {given!r:.80}; give it once")
 
 

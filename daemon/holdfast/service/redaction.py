@@ -28,7 +28,7 @@ FREE_TEXT = frozenset({"reason", "error", "message", "exception"})
 # So is a span of time, which libraries write as 1.234567499s; a fraction without a unit may be 57.3001234567.
 _PHONE = re.compile(
     r"\+\d[\d ().-]{6,20}\d"
-    r"|(?<!\d)(?<!seq )(?!(?<=\d\.)\d+(?:s| seconds)\b)\d{8,15}(?!\d)(?! bytes)(?![mµun]s\b)"
+    r"|(?<!\d)(?<!seq )(?!(?<=\d\.)\d{1,9}(?:s| seconds)\b)(?!\d{1,9}[mµun]s\b)\d{8,15}(?!\d)(?! bytes)"
 )
 _TOKEN = re.compile(r"hf_[\w-]{8,}")
 
