@@ -135,17 +135,17 @@ def test_the_disk_is_shown_once_it_was_looked_at():
 
 def test_the_backups_are_shown_with_their_age():
     """How many, how old the newest is, and in red what is wrong with it, or with its copies."""
-    day_ago = format_ms(round(time.time() * 1000) - 24 * 3_600_000)
-    backups = {"count": 3, "bytes": 1 << 20, "newest_at": day_ago, "proved_at": day_ago, "is_proved": True}
+    hours_ago = format_ms(round(time.time() * 1000) - (3 * 3600 + 10 * 60 + 30) * 1000)
+    backups = {"count": 3, "bytes": 1 << 20, "newest_at": hours_ago, "proved_at": hours_ago, "is_proved": True}
     copies = {"place": "/mnt/usb", "count": 0, "newest_at": None, "failure": "not mounted"}
 
     well = status.rows({"state": "RUNNING", "backups": backups, "copies": None})
     ill = status.rows({"state": "RUNNING", "backups": backups | {"is_proved": False}, "copies": copies})
     none = status.rows({"state": "RUNNING", "backups": backups | {"newest_at": None}, "copies": None})
 
-    assert [tuple(row) for row in well[1:]] == [("backups", "3, the newest 1 d old, proved", None)]
+    assert [tuple(row) for row in well[1:]] == [("backups", "3, the newest 3 h 10 min old, proved", None)]
     assert [tuple(row) for row in ill[1:]] == [
-        ("backups", "3, the newest 1 d old, not proved", "red"),
+        ("backups", "3, the newest 3 h 10 min old, not proved", "red"),
         ("backup copies", "none yet, in /mnt/usb", None),
         ("backup copies", "not mounted", "red"),
     ]

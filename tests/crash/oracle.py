@@ -108,6 +108,8 @@ class Ledger:
         self._open_orders: list[str] = []
         # External ids that were ever proposed, of each conversation, also of those deleted since.
         self._delivered: defaultdict[str, list[Message]] = defaultdict(list)
+        # Conversations that the change being proposed deletes, with their last versions.
+        self._replaced: dict[str, int] = {}
 
     def propose(self, *, together: int | None = None) -> Change:
         """The next change, which is in doubt until ``acknowledge`` or ``refuse``."""
@@ -116,6 +118,7 @@ class Ledger:
             together = self._random.randint(2, 4) if self._random.random() < 0.15 else 1
         view: MutableMapping[Place, Stored | None] = ChainMap({}, self.records)  # type: ignore[arg-type]
         ops: list[AnyOp] = []
+        self._replaced.clear()
         orders = completions = cents = 0
         if together > 1:
             # By this record one can always tell whether a batch happened.
@@ -221,6 +224,7 @@ class Ledger:
             return ConversationHold(id=id, hold=not head.get("hold"))
         if roll < 0.92 or head.get("hold"):
             return self._escalate(view, id)
+        self._replaced[id] = present[0]
         view[CONVERSATIONS, id] = None
         if view.get((ESCALATIONS, id)) is not None:
             view[ESCALATIONS, id] = None
@@ -235,7 +239,13 @@ class Ledger:
         else:
             given = [self._message(id, self._serial + part) for part in range(1 if roll < 0.7 else 3)]
             self._serial += len(given) - 1
+        is_new = view.get((CONVERSATIONS, id)) is None
         _say(view, id, given)
+        if is_new and id in self._replaced:
+            # In the place of one that the same batch has deleted: it goes on with its versions.
+            stored = view[CONVERSATIONS, id]
+            assert stored is not None
+            view[CONVERSATIONS, id] = (stored[0] + self._replaced.pop(id), stored[1])
         if len(given) > 1 or roll < 0.3:
             return MessageAppend(id=id, messages=given)
         (one,) = given
